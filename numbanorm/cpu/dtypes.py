@@ -1,0 +1,205 @@
+"""Elements in, lanes out: how each dtype is read into the lane type of the kernels and written back.
+
+Lanes are float32 for float16, bfloat16, float32, bool and the 8- and 16-bit integers, float64 for all else. Numba knows
+neither float16 nor bfloat16 arrays, so these arrive as records of one uint16 whose field names the format: the type
+alone tells the kernel how to convert, and a conversion stays in a register.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import llvmlite.binding
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, overload, register_jitable
+
+from .jit import LANE_OPTIONS, SCALAR_OPTIONS
+
+NARROW = frozenset(["bool", "int8", "uint8", "int16", "uint16", "float16", "bfloat16", "float32"])
+"""Names of the dtypes that compute in float32: every value of theirs is a float32 value."""
+
+WIDE = frozenset(["int32", "uint32", "int64", "uint64", "float64"])
+"""Names of the dtypes that compute in float64."""
+
+HALF_RECORDS = {name: np.dtype([(name, np.uint16)]) for name in ("float16", "bfloat16")}
+"""What a kernel is handed in place of an array of half precision, by the name of its dtype."""
+
+
+def kernel_view(array: np.ndarray) -> np.ndarray:
+    """Return `array` as the kernels take it: half precision as its record view, all else as it is."""
+    record = HALF_RECORDS.get(array.dtype.name)
+    return array if record is None else array.view(record)
+
+
+def load(array: Any, index: int) -> float:
+    """Read one element as a lane (compiled code only)."""
+    raise TypeError("load() is for compiled kernels")
+
+
+def deviation(array: Any, index: int, centre: float) -> float:
+    """Read one element minus `centre`, rounded once (compiled code only).
+
+    Never written out in a loop: where sums may be reordered, LLVM may make it a difference of two large sums.
+    """
+    raise TypeError("deviation() is for compiled kernels")
+
+
+def store(array: Any, index: int, value: float) -> None:
+    """Write one lane as an element, rounded to nearest even (compiled code only)."""
+    raise TypeError("store() is for compiled kernels")
+
+
+def lane(array: Any, value: float) -> float:
+    """Round a float64 scalar to the lane type of `array` (compiled code only)."""
+    raise TypeError("lane() is for compiled kernels")
+
+
+def _format(dtype: Any) -> str:
+    """Return the name of a Numba element type: its own, or that of the half format that a record stands for."""
+    if isinstance(dtype, types.Record):
+        return next(iter(dtype.fields))
+    return str(dtype)
+
+
+@overload(load, jit_options=LANE_OPTIONS)
+def _load(array, index):  # unannotated, like every overload: Numba compares the parameters to the letter
+    match _format(array.dtype):
+        case "float32" | "float64":
+            return lambda array, index: array[index]
+        case "float16":
+            return lambda array, index: float16_to_float32(array[index].float16)
+        case "bfloat16":
+            return lambda array, index: bfloat16_to_float32(array[index].bfloat16)
+        case name if name in NARROW:
+            return lambda array, index: np.float32(array[index])
+        case _:
+            return lambda array, index: np.float64(array[index])
+
+
+@overload(deviation, jit_options=SCALAR_OPTIONS)
+def _deviation(array, index, centre):
+    if _format(array.dtype) in ("float32", "float64"):
+        return lambda array, index, centre: array[index] - centre
+    return lambda array, index, centre: load(array, index) - centre
+
+
+@overload(store, jit_options=LANE_OPTIONS)
+def _store(array, index, value):
+    match _format(array.dtype):
+        case "float16":
+
+            def write(array, index, value):
+                array[index].float16 = float32_to_float16(np.float32(value))
+        case "bfloat16":
+
+            def write(array, index, value):
+                array[index].bfloat16 = float32_to_bfloat16(np.float32(value))
+        case _:
+
+            def write(array, index, value):
+                array[index] = value
+
+    return write
+
+
+@overload(lane, jit_options=LANE_OPTIONS)
+def _lane(array, value):
+    if _format(array.dtype) in NARROW:
+        return lambda array, value: np.float32(value)
+    return lambda array, value: np.float64(value)
+
+
+def _reinterpret(source: Any, target: Any, llvm_target: ir.Type) -> Any:
+    """Make an intrinsic that reads the bits of a `source` scalar as a `target` scalar."""
+
+    @intrinsic
+    def reinterpret(typing_context, bits):
+        def generate(context, builder, signature, arguments):
+            return builder.bitcast(arguments[0], llvm_target)
+
+        return target(source), generate
+
+    return reinterpret
+
+
+bits_to_float32 = _reinterpret(types.uint32, types.float32, ir.FloatType())
+float32_to_bits = _reinterpret(types.float32, types.uint32, ir.IntType(32))
+
+
+@intrinsic
+def _extend_float16(typing_context, bits):
+    def generate(context, builder, signature, arguments):
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), generate
+
+
+@intrinsic
+def _truncate_float16(typing_context, value):
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), generate
+
+
+@register_jitable
+def float16_bits_to_float32(bits):
+    """Convert float16 bits by integer arithmetic: exact, subnormals and NaN included."""
+    magnitude = np.uint32(bits & np.uint16(0x7FFF)) << np.uint32(13)
+    # The exponent bias differs by 112; the product also turns float16's subnormals into float32's normal numbers.
+    scaled = float32_to_bits(bits_to_float32(magnitude) * np.float32(2.0**112))
+    if magnitude >= np.uint32(0x7C00 << 13):
+        scaled = magnitude | np.uint32(0x7F800000)
+    return bits_to_float32(scaled | (np.uint32(bits & np.uint16(0x8000)) << np.uint32(16)))
+
+
+@register_jitable
+def float32_to_float16_bits(value):
+    """Round to float16 bits, nearest even, by integer arithmetic; NaN stays NaN, beyond 65520 becomes Inf."""
+    bits = float32_to_bits(value)
+    magnitude = bits & np.uint32(0x7FFFFFFF)
+    odd = (magnitude >> np.uint32(13)) & np.uint32(1)
+    half = (magnitude - np.uint32(112 << 23) + np.uint32(0xFFF) + odd) >> np.uint32(13)
+    if magnitude < np.uint32(0x38800000):  # below 2**-14: float16's subnormals, spaced as float32 is at 0.5
+        half = float32_to_bits(bits_to_float32(magnitude) + np.float32(0.5)) - np.uint32(0x3F000000)
+    if magnitude >= np.uint32(0x47800000):  # 65536 and beyond
+        half = np.uint32(0x7C00)
+    if magnitude > np.uint32(0x7F800000):
+        half = np.uint32(0x7E00) | ((magnitude >> np.uint32(13)) & np.uint32(0x3FF))
+    return np.uint16(half | ((bits >> np.uint32(16)) & np.uint32(0x8000)))
+
+
+@register_jitable
+def bfloat16_to_float32(bits):
+    """Convert bfloat16 bits, which are the upper half of a float32: exact."""
+    return bits_to_float32(np.uint32(bits) << np.uint32(16))
+
+
+@register_jitable
+def float32_to_bfloat16(value):
+    """Round to bfloat16 bits, nearest even; NaN stays NaN (LLVM's own truncation to bfloat crashed)."""
+    bits = float32_to_bits(value)
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    half = (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+    if (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):
+        half = (bits >> np.uint32(16)) | np.uint32(0x40)
+    return np.uint16(half)
+
+
+def has_f16c() -> bool:
+    """Tell whether the CPU that Numba compiles for converts float16 in hardware; elsewhere LLVM's conversion crashes."""
+    if numba.config.CPU_NAME or numba.config.CPU_FEATURES:  # the user compiles for another CPU than this one
+        return "+f16c" in (numba.config.CPU_FEATURES or "")
+    return bool(llvmlite.binding.get_host_cpu_features().get("f16c", False))
+
+
+if has_f16c():
+    float16_to_float32: Callable[..., Any] = _extend_float16
+    float32_to_float16: Callable[..., Any] = _truncate_float16
+else:
+    float16_to_float32 = float16_bits_to_float32
+    float32_to_float16 = float32_to_float16_bits

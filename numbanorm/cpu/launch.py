@@ -1,0 +1,108 @@
+"""Launch choices of the CPU kernels, from shapes alone: chunks, tiles, folds, and when threads pay.
+
+Chunks decide the order of merging, so they may depend on the shape of a group but never on the number of threads, nor
+on how many groups came along.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from ..plan import Placement, Plan
+from .columns import BLOCK_ROWS, TILE
+
+CHUNK = 16384
+"""Elements a chunk of the rows kernel: 64 KiB of float32, small against L2 (1 MiB), large against a launch (2 us)."""
+
+FOLD_LANES = 192
+"""Fewer lanes than this are folded: rows side by side, so that vectors are full (3 channels: 8 of 8 lanes, not 3)."""
+
+TILE_BYTES = 512 * 1024
+"""Rows times lanes of a tile that shall still be in L2 when its output is written."""
+
+MAX_CHUNKS = 64
+"""Chunks a tile of the columns kernel: enough for 64 threads."""
+
+TABLE_BYTES = 1 << 20
+"""Bound on the partial moments of all chunks of the columns kernel, at 24 bytes a lane."""
+
+GEOMETRY = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            "K0 R0 K1 R1 inner size "
+            "x_start x_K0 x_R0 x_K1 y_start y_K0 y_R0 y_K1 mask_start mask_K0 mask_R0 mask_K1 mask_R1 "
+            "rows lanes tail tile chunk_rows chunk_runs chunk_width chunks piece_runs"
+        ).split()
+    ],
+    align=True,
+)
+"""What a kernel must know of a view; the kernels read it by name from an array of two (see `rows.forward`)."""
+
+
+@lru_cache(maxsize=4096)
+def geometry(plan: Plan, affine: bool) -> np.ndarray:
+    """Return the geometry of a plan's kernel call; without `affine` every element uses weight 0.
+
+    The first record reads ``plan.x``, the second the packed sum of input and residual.
+    """
+    layout = plan.layout
+    both = np.zeros(2, GEOMETRY)
+    for g, source in zip(both, (plan.x or plan.packed, plan.packed), strict=True):
+        target = plan.y or plan.packed
+        g["K0"], g["R0"], g["K1"], g["R1"] = layout.view
+        if affine:
+            g["inner"], g["size"] = layout.inner, layout.size
+        else:
+            g["inner"], g["size"] = max(np.prod(layout.view), 2), 1
+        _write(g, "x", source)
+        _write(g, "y", target)
+        mask = plan.mask or plan.packed
+        _write(g, "mask", mask)
+        g["mask_R1"] = mask.strides[3]
+        if plan.columns:
+            # Folded rows keep their weights only where weights lie along the lanes.
+            folds = layout.inner * layout.size <= layout.view[2] * layout.view[3]
+            _columns(g, folds and (plan.mask is None or mask.strides == plan.packed.strides))
+        else:
+            _rows(g)
+    return both
+
+
+def _write(g: np.void, prefix: str, placement: Placement) -> None:
+    g[f"{prefix}_start"] = placement.start
+    for name, stride in zip(("K0", "R0", "K1"), placement.strides[:3], strict=True):
+        g[f"{prefix}_{name}"] = stride
+
+
+def _rows(g: np.void) -> None:
+    """Cut groups into chunks of about CHUNK elements: parts of a run, or whole runs."""
+    r0, r1 = int(g["R0"]), int(g["R1"])
+    runs = max(1, CHUNK // max(r1, 1))
+    g["chunk_width"] = min(r1, CHUNK)
+    g["chunk_runs"] = min(runs, r0)
+    g["chunks"] = -(-r0 // g["chunk_runs"]) * -(-r1 // g["chunk_width"])
+    g["piece_runs"] = runs
+
+
+def _columns(g: np.void, folds: bool) -> None:
+    """Fold few lanes, cut lanes into tiles of whole groups and rows into chunks."""
+    rows, k1, r1 = int(g["R0"]), int(g["K1"]), int(g["R1"])
+    lanes = k1 * r1
+    tail = 0
+    if folds and g["x_R0"] == lanes and g["y_R0"] == lanes:
+        fold = max(1, min(FOLD_LANES // lanes, rows // 8))
+        rows, tail, lanes = rows // fold, rows % fold * lanes, lanes * fold
+        for name in ("x_R0", "y_R0", "mask_R0"):
+            g[name] *= fold
+    fitting = TILE_BYTES // (4 * rows)
+    widest = TILE if fitting < 128 else min(fitting, TILE)
+    tiles = -(-lanes // (widest // r1 * r1))
+    g["tile"] = -(-lanes // (tiles * r1)) * r1
+    chunks = max(1, min(MAX_CHUNKS, rows // BLOCK_ROWS, TABLE_BYTES // (24 * lanes)))
+    blocks = -(-rows // BLOCK_ROWS)
+    g["chunk_rows"] = -(-blocks // chunks) * BLOCK_ROWS
+    g["chunks"] = -(-rows // g["chunk_rows"])
+    g["rows"], g["lanes"], g["tail"] = rows, lanes, tail

@@ -1,0 +1,258 @@
+"""The rows kernel: groups of long contiguous runs, in the view (K0, R0, K1, R1).
+
+A group (k0, k1) is R0 runs of R1 elements. Its moments are taken chunk by chunk, a chunk's block by block, and merged
+in that order whatever the number of threads, so the bits depend on the shape alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from .dtypes import deviation, lane, load, store
+from .jit import Kernel, lanes, scalar
+from .welford import BLOCK, COUNT, M2, MEAN, PREFIX, RSTD, merge, rstd_of, settle
+
+FLOAT32_SAFE = 1e30
+"""Groups whose rstd is outside 1/FLOAT32_SAFE to FLOAT32_SAFE are written in float64: float32 would overflow."""
+
+
+@lanes
+def _exact_moments(x, start, stride, runs, width, mask, mask_start, mask_stride, mask_step, centred):
+    """Return (mean, M2) of a block that is not empty, in float64 and two sweeps."""
+    n = s = q = mean = 0.0
+    for squares in range(0 if centred else 1, 2):
+        for r in range(runs):
+            run = x[start + r * stride : start + r * stride + width]
+            at = mask_start + r * mask_stride
+            for i in range(width):
+                seen = True if mask is None else mask[at + i * mask_step]
+                d = deviation(run, i, mean) if seen else 0.0
+                n += 1.0 if seen else 0.0
+                s += d
+                q += d * d
+        if squares == 0:
+            mean = s / n
+            q = 0.0
+    return mean, q
+
+
+@lanes
+def _chunk_moments(x, mask, g, k0, k1, chunk, centred):
+    """Return (count, mean, M2) of one chunk of the group (k0, k1)."""
+    across = -(-g.R1 // g.chunk_width)
+    r_start = (chunk // across) * g.chunk_runs
+    r_stop = min(r_start + g.chunk_runs, g.R0)
+    j_start = (chunk % across) * g.chunk_width
+    j_stop = min(j_start + g.chunk_width, g.R1)
+    start = g.x_start + k0 * g.x_K0 + k1 * g.x_K1
+    mask_start = g.mask_start + k0 * g.mask_K0 + k1 * g.mask_K1
+    step = max(1, BLOCK // g.R1)
+    zero = lane(x, 0.0)
+    k = zero
+    if centred:
+        first = start + r_start * g.x_R0 + j_start
+        prefix = x[first : first + min(PREFIX, j_stop - j_start)]
+        for i in range(prefix.shape[0]):
+            k += load(prefix, i)
+        k /= lane(x, prefix.shape[0])
+    count = mean = m2 = 0.0
+    for r in range(r_start, r_stop, step):
+        runs = min(step, r_stop - r)
+        for j in range(j_start, j_stop, BLOCK):
+            width = min(BLOCK, j_stop - j)
+            at = start + r * g.x_R0 + j
+            mask_at = mask_start + r * g.mask_R0 + j * g.mask_R1
+            seen = 0
+            block_s = block_q = 0.0
+            for t in range(runs):
+                run = x[at + t * g.x_R0 : at + t * g.x_R0 + width]
+                s = q = zero
+                if mask is None:
+                    for i in range(width):
+                        d = deviation(run, i, k)
+                        s += d
+                        q += d * d
+                    seen += width
+                elif g.mask_R1 == 0:
+                    if mask[mask_at + t * g.mask_R0]:
+                        for i in range(width):
+                            d = deviation(run, i, k)
+                            s += d
+                            q += d * d
+                        seen += width
+                else:
+                    counts = mask[mask_at + t * g.mask_R0 : mask_at + t * g.mask_R0 + width]
+                    for i in range(width):
+                        d = deviation(run, i, k) if counts[i] else zero
+                        seen += counts[i]
+                        s += d
+                        q += d * d
+                block_s += s
+                block_q += q
+            if seen > 0:
+                n = np.float64(seen)
+                block_mean, block_m2, trusted = settle(n, block_s, block_q, np.float64(k), centred)
+                if not trusted:
+                    block_mean, block_m2 = _exact_moments(
+                        x, at, g.x_R0, runs, width, mask, mask_at, g.mask_R0, g.mask_R1, centred
+                    )
+                count, mean, m2 = merge(count, mean, m2, n, block_mean, block_m2)
+                # The last block's mean, not the mean so far: an outlier then spoils one shift, not all that follow.
+                k = lane(x, block_mean)
+    return count, mean, m2
+
+
+@scalar
+def _normalize(x, y, weight, bias, g, k0, r0, k1, j, width, mean, rstd):
+    """Write `width` elements of one run, with the mean in two lanes, stretch by stretch of the affine map."""
+    x_start = g.x_start + k0 * g.x_K0 + r0 * g.x_R0 + k1 * g.x_K1 + j
+    y_start = g.y_start + k0 * g.y_K0 + r0 * g.y_R0 + k1 * g.y_K1 + j
+    flat = ((k0 * g.R0 + r0) * g.K1 + k1) * g.R1 + j
+    if not 1.0 / FLOAT32_SAFE < rstd < FLOAT32_SAFE:
+        for i in range(width):
+            channel = (flat + i) // g.inner % g.size
+            store(y, y_start + i, deviation(x, x_start + i, mean) * rstd * weight[channel] + bias[channel])
+        return
+    hi = lane(x, mean)
+    lo = lane(x, mean - np.float64(hi))
+    scale = lane(x, rstd)
+    done = 0
+    while done < width:
+        channel = (flat + done) // g.inner % g.size
+        if g.inner == 1:
+            n = min(width - done, g.size - channel)
+            a = x[x_start + done : x_start + done + n]
+            b = y[y_start + done : y_start + done + n]
+            w = weight[channel : channel + n]
+            z = bias[channel : channel + n]
+            for i in range(n):
+                store(b, i, (deviation(a, i, hi) - lo) * scale * w[i] + z[i])
+        else:
+            n = min(width - done, g.inner - (flat + done) % g.inner)
+            a = x[x_start + done : x_start + done + n]
+            b = y[y_start + done : y_start + done + n]
+            weighted = scale * weight[channel]
+            shift = bias[channel]
+            for i in range(n):
+                store(b, i, (deviation(a, i, hi) - lo) * weighted + shift)
+        done += n
+
+
+@scalar
+def _add_run(x, residual, total, g, k0, r0, k1):
+    """Write one run of x + residual, rounded to the dtype of `total`, which is packed."""
+    start = g.x_start + k0 * g.x_K0 + r0 * g.x_R0 + k1 * g.x_K1
+    flat = ((k0 * g.R0 + r0) * g.K1 + k1) * g.R1
+    a = x[start : start + g.R1]
+    b = residual[start : start + g.R1]
+    c = total[flat : flat + g.R1]
+    for i in range(g.R1):
+        store(c, i, load(a, i) + load(b, i))
+
+
+@scalar
+def _forward_group(group, x, residual, total, y, mask, weight, bias, stats, geometry, eps, centred):
+    """Take one group's statistics and write its output while it is in the cache."""
+    g = geometry[0]
+    k0 = group // g.K1
+    k1 = group % g.K1
+    if residual is None:
+        source = x
+    else:
+        for r0 in range(g.R0):
+            _add_run(x, residual, total, g, k0, r0, k1)
+        source = total
+        g = geometry[1]
+    count = mean = m2 = 0.0
+    for chunk in range(g.chunks):
+        n, chunk_mean, chunk_m2 = _chunk_moments(source, mask, g, k0, k1, chunk, centred)
+        count, mean, m2 = merge(count, mean, m2, n, chunk_mean, chunk_m2)
+    rstd = rstd_of(count, m2, eps)
+    stats[COUNT, group] = count
+    stats[MEAN, group] = mean
+    stats[M2, group] = m2
+    stats[RSTD, group] = rstd
+    for r0 in range(g.R0):
+        _normalize(source, y, weight, bias, g, k0, r0, k1, 0, g.R1, mean, rstd)
+
+
+@Kernel
+def forward(x, residual, total, y, mask, weight, bias, stats, geometry, eps, centred):
+    """Normalize group by group: statistics, then output, while the group is in the cache.
+
+    With `residual`, x + residual is formed first, kept in `total` (contiguous) and normalized in place of `x`;
+    ``geometry[1]`` then tells how to read `total`.
+    """
+    for group in prange(stats.shape[1]):
+        _forward_group(group, x, residual, total, y, mask, weight, bias, stats, geometry, eps, centred)
+
+
+@scalar
+def _store_chunk(unit, x, mask, table, geometry, centred):
+    g = geometry[0]
+    group = unit // g.chunks
+    chunk = unit % g.chunks
+    count, mean, m2 = _chunk_moments(x, mask, g, group // g.K1, group % g.K1, chunk, centred)
+    table[group, chunk, COUNT] = count
+    table[group, chunk, MEAN] = mean
+    table[group, chunk, M2] = m2
+
+
+@Kernel
+def moments(x, mask, table, geometry, centred):
+    """Write (count, mean, M2) of every chunk of every group to `table`, shape (groups, chunks, 3)."""
+    for unit in prange(table.shape[0] * table.shape[1]):
+        _store_chunk(unit, x, mask, table, geometry, centred)
+
+
+@Kernel
+def merge_chunks(table, stats, geometry, eps):
+    """Merge the chunks of every group in order into `stats`, shape (4, groups)."""
+    for group in range(table.shape[0]):
+        count, mean, m2 = table[group, 0, COUNT], table[group, 0, MEAN], table[group, 0, M2]
+        for chunk in range(1, table.shape[1]):
+            n, chunk_mean, chunk_m2 = table[group, chunk, COUNT], table[group, chunk, MEAN], table[group, chunk, M2]
+            count, mean, m2 = merge(count, mean, m2, n, chunk_mean, chunk_m2)
+        stats[COUNT, group] = count
+        stats[MEAN, group] = mean
+        stats[M2, group] = m2
+        stats[RSTD, group] = rstd_of(count, m2, eps)
+
+
+@scalar
+def _apply_piece(piece, x, y, weight, bias, stats, geometry):
+    g = geometry[0]
+    across = -(-g.R1 // g.chunk_width)
+    first = piece // across * g.piece_runs
+    j = piece % across * g.chunk_width
+    width = min(g.chunk_width, g.R1 - j)
+    for run in range(first, min(first + g.piece_runs, g.K0 * g.R0 * g.K1)):
+        k1 = run % g.K1
+        k0 = run // (g.K1 * g.R0)
+        group = k0 * g.K1 + k1
+        r0 = run // g.K1 % g.R0
+        _normalize(x, y, weight, bias, g, k0, r0, k1, j, width, stats[MEAN, group], stats[RSTD, group])
+
+
+@Kernel
+def apply(x, y, weight, bias, stats, geometry):
+    """Normalize with given statistics, piece by piece in the order of memory."""
+    g = geometry[0]
+    pieces = -(-(g.K0 * g.R0 * g.K1) // g.piece_runs) * -(-g.R1 // g.chunk_width)
+    for piece in prange(pieces):
+        _apply_piece(piece, x, y, weight, bias, stats, geometry)
+
+
+@scalar
+def _add_unit(run, x, residual, total, geometry):
+    g = geometry[0]
+    _add_run(x, residual, total, g, run // (g.K1 * g.R0), run // g.K1 % g.R0, run % g.K1)
+
+
+@Kernel
+def add(x, residual, total, geometry):
+    """Write x + residual to `total`, packed, run by run."""
+    g = geometry[0]
+    for run in prange(g.K0 * g.R0 * g.K1):
+        _add_unit(run, x, residual, total, geometry)

@@ -1,0 +1,89 @@
+"""How many threads the kernels use, and when they must not use any."""
+
+from __future__ import annotations
+
+import os
+import threading
+from contextlib import AbstractContextManager, nullcontext
+
+import numba
+
+_requested: int | None = None
+_forked = False
+_lock = threading.Lock()
+
+
+def set_num_threads(n: int) -> None:
+    """Set the number of threads that the CPU kernels use.
+
+    Parameters
+    ----------
+    n : int
+        Between 1 and the number of threads that Numba started with (``numba.config.NUMBA_NUM_THREADS``). Results do
+        not depend on it: the same input gives the same bits on any number of threads.
+
+    Raises
+    ------
+    TypeError
+        If `n` is not an integer.
+    ValueError
+        If `n` is out of range.
+
+    Examples
+    --------
+    >>> import numbanorm as nn
+    >>> nn.set_num_threads(1)
+    >>> nn.get_num_threads()
+    1
+    """
+    global _requested
+    if isinstance(n, bool) or not hasattr(n, "__index__"):
+        raise TypeError(f"n: expected an integer, got {type(n).__name__}")
+    most = numba.config.NUMBA_NUM_THREADS
+    if not 1 <= n <= most:
+        raise ValueError(f"n: expected 1 to {most} threads (NUMBA_NUM_THREADS), got {n}")
+    _requested = int(n)
+
+
+def get_num_threads() -> int:
+    """Return the number of threads that the CPU kernels use.
+
+    Returns
+    -------
+    int
+        What `set_num_threads` set, or else Numba's own number.
+    """
+    return numba.get_num_threads() if _requested is None else _requested
+
+
+def usable_threads() -> int:
+    """Return the threads that a kernel may use here and now: 1 in a child that was forked after threads had started."""
+    return 1 if _forked else get_num_threads()
+
+
+def launch_lock() -> AbstractContextManager[object]:
+    """Set up Numba's threads for a parallel kernel; return the lock to launch it under.
+
+    The workqueue layer aborts the process if two Python threads are in parallel kernels at once.
+    """
+    if _requested is not None and numba.get_num_threads() != _requested:
+        numba.set_num_threads(_requested)
+    return _lock if _layer() != "omp" else nullcontext()
+
+
+def _layer() -> str:
+    try:
+        return numba.threading_layer()
+    except ValueError:  # no parallel kernel has run yet: which layer it will be is not known
+        return "unknown"
+
+
+def _after_fork() -> None:
+    # OpenMP's threads do not survive a fork: a parallel kernel in the child would end it by SIGTERM.
+    global _forked, _lock
+    _forked = _forked or _layer() != "unknown"
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

