@@ -153,14 +153,13 @@ class Layout:
             axes = _by_channel(rule, shape, channel_axis, num_groups)
         else:
             axes = _by_normalized(rule, shape, axis)
-        if order is None:
-            order = tuple(range(len(shape)))
-        memory = sorted(axes, key=lambda a: order.index(a.axis))
+        asked = tuple(range(len(shape))) if order is None else order
+        memory = sorted(axes, key=lambda a: asked.index(a.axis))
         maps = _maps(memory)
         if maps is None:
             # Kept before reduced and weighted axes side by side: in this order both maps always read.
             memory = sorted(axes, key=lambda a: (a.reduced, a.affine != a.reduced))
-            order = tuple(dict.fromkeys(a.axis for a in memory))
+            asked = tuple(dict.fromkeys(a.axis for a in memory))
             maps = _maps(memory)
             assert maps is not None
         view, inner, size = maps
@@ -177,7 +176,7 @@ class Layout:
         return cls(
             norm=norm,
             shape=shape,
-            order=order,
+            order=asked,
             view=view,
             inner=inner,
             size=size,

@@ -13,6 +13,9 @@ import numpy as np
 
 from .layout import Layout
 
+Options = tuple[int, int | None, tuple[int, ...] | None]
+"""What `Layout.of` needs beside norm and shape: (channel_axis, num_groups, axis)."""
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -70,7 +73,7 @@ SHORT_RUN = 32
 @lru_cache(maxsize=4096)
 def plan(
     norm: str,
-    options: tuple[int, int | None, tuple[int, ...] | None],
+    options: Options,
     shape: tuple[int, ...],
     x: tuple[tuple[int, ...], int],
     y: tuple[tuple[int, ...], int] | None = None,

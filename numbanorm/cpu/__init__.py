@@ -157,7 +157,7 @@ def _affine(
 
 
 @lru_cache(maxsize=64)
-def _constant(size: int, dtype: type[Any], value: int) -> np.ndarray:
+def _constant(size: int, dtype: Any, value: int) -> np.ndarray:
     return np.full(size, value, dtype)
 
 

@@ -17,7 +17,7 @@ from .rows import FLOAT32_SAFE
 from .welford import COUNT, HUGE, M2, MEAN, POOR, PREFIX, RSTD, TINY, merge, rstd_of
 
 TILE = 512
-"""Lanes a tile: shift, sum, squares and count in float32 take 8 KiB, a tile's moments in float64 24 KiB."""
+"""Lanes a tile: shift, sum, squares and count in float32 take 8 KiB, a tile's moments in float64 12 KiB."""
 
 BLOCK_ROWS = 128
 """Rows a block: 32 float32 additions a lane (four rows at a time) between merges."""
@@ -25,176 +25,137 @@ BLOCK_ROWS = 128
 # Offsets in a tile's scratch arrays. One array with constant offsets, not four arrays: LLVM gives up on a vector loop
 # that needs more than eight checks of pointers against each other.
 _SHIFT, _SUM, _SQUARES, _SEEN = 0, TILE, 2 * TILE, 3 * TILE
-_N, _MEAN, _M2 = 0, TILE, 2 * TILE
 _HI, _LO, _SCALE, _BIAS = 0, TILE, 2 * TILE, 3 * TILE
+_N, _MEAN, _M2 = 0, TILE, 2 * TILE
+_BLOCK, _CHUNK, _TOTAL = 0, 3 * TILE, 6 * TILE  # moments of a block, of a chunk, of all chunks
 
 
 @lanes
-def _sweep_rows(sums, x, start, stride, rows, width):
-    """Add (x - shift) and (x - shift)**2 of `rows` rows to a tile's sums, four rows at a time."""
-    shift = sums[_SHIFT : _SHIFT + width]
-    s = sums[_SUM : _SUM + width]
-    q = sums[_SQUARES : _SQUARES + width]
-    whole = rows - rows % 4
-    for r in range(0, whole, 4):
-        o = start + r * stride
-        a = x[o : o + width]
-        b = x[o + stride : o + stride + width]
-        c = x[o + 2 * stride : o + 2 * stride + width]
-        d = x[o + 3 * stride : o + 3 * stride + width]
-        for i in range(width):
-            k = shift[i]
-            da = deviation(a, i, k)
-            db = deviation(b, i, k)
-            dc = deviation(c, i, k)
-            dd = deviation(d, i, k)
-            s[i] += (da + db) + (dc + dd)
-            q[i] += (da * da + db * db) + (dc * dc + dd * dd)
-    for r in range(whole, rows):
-        o = start + r * stride
-        a = x[o : o + width]
-        for i in range(width):
-            da = deviation(a, i, shift[i])
-            s[i] += da
-            q[i] += da * da
+def _block_moments(sums, moments, x, start, stride, rows, width, mask, mask_start, mask_stride, mask_step, centred):
+    """Sweep a block around the tile's shifts into its moments; return how many lanes cannot be trusted.
 
-
-@lanes
-def _sweep_row_masked(sums, x, start, mask, mask_start, width):
-    """Add one row to a tile's sums where `mask` is True."""
+    The trust is that of `welford.settle`, lane by lane.
+    """
+    zero = lane(x, 0.0)
+    one = lane(x, 1.0)
     shift = sums[_SHIFT : _SHIFT + width]
     s = sums[_SUM : _SUM + width]
     q = sums[_SQUARES : _SQUARES + width]
     seen = sums[_SEEN : _SEEN + width]
-    a = x[start : start + width]
-    m = mask[mask_start : mask_start + width]
-    zero = lane(x, 0.0)
-    one = lane(x, 1.0)
     for i in range(width):
-        d = deviation(a, i, shift[i]) if m[i] else zero
-        seen[i] += one if m[i] else zero
-        s[i] += d
-        q[i] += d * d
-
-
-@scalar
-def _block_sums(sums, x, start, stride, rows, width, mask, mask_start, mask_stride, mask_step):
-    """Sum a block around the tile's shifts; count the elements seen in each lane."""
-    sums[_SUM:] = lane(x, 0.0)
-    seen = 0
-    if mask is None:
-        _sweep_rows(sums, x, start, stride, rows, width)
-        seen = rows
-    else:
-        for r in range(rows):
-            m = mask_start + r * mask_stride
-            if mask_step != 0:
-                _sweep_row_masked(sums, x, start + r * stride, mask, m, width)
-            elif mask[m]:
-                _sweep_rows(sums, x, start + r * stride, stride, 1, width)
-                seen += 1
-    for i in range(width):
-        sums[_SEEN + i] += lane(x, seen)
-
-
-@lanes
-def _moments_of_sums(sums, block, width, centred):
-    """Turn a tile's sums into moments; return how many lanes cannot be trusted, as `shift_is_good` judges."""
+        s[i] = zero
+        q[i] = zero
+        seen[i] = zero
+    r = 0
+    whole_rows = 0
+    while r < rows:
+        o = start + r * stride
+        a = x[o : o + width]
+        if mask is None and r + 4 <= rows:
+            b = x[o + stride : o + stride + width]
+            c = x[o + 2 * stride : o + 2 * stride + width]
+            e = x[o + 3 * stride : o + 3 * stride + width]
+            for i in range(width):
+                k = shift[i]
+                da = deviation(a, i, k)
+                db = deviation(b, i, k)
+                dc = deviation(c, i, k)
+                de = deviation(e, i, k)
+                s[i] += (da + db) + (dc + de)
+                q[i] += (da * da + db * db) + (dc * dc + de * de)
+            whole_rows += 4
+            r += 4
+            continue
+        if mask is not None and mask_step != 0:
+            m = mask[mask_start + r * mask_stride : mask_start + r * mask_stride + width]
+            for i in range(width):
+                d = deviation(a, i, shift[i]) if m[i] else zero
+                seen[i] += one if m[i] else zero
+                s[i] += d
+                q[i] += d * d
+        elif mask is None or mask[mask_start + r * mask_stride]:
+            for i in range(width):
+                d = deviation(a, i, shift[i])
+                s[i] += d
+                q[i] += d * d
+            whole_rows += 1
+        r += 1
     bad = 0
     for i in range(width):
-        n = np.float64(sums[_SEEN + i])
-        s = np.float64(sums[_SUM + i])
-        q = np.float64(sums[_SQUARES + i])
-        offset = s / max(n, 1.0) if centred else 0.0
-        good = (TINY < q) & (q < HUGE) & (s * offset <= POOR * q)
-        bad += 0 if good | (n == 0.0) else 1
-        block[_N + i] = n
-        block[_MEAN + i] = np.float64(sums[_SHIFT + i]) + offset
-        block[_M2 + i] = q - s * offset
+        n = np.float64(seen[i]) + np.float64(whole_rows)
+        block_s = np.float64(s[i])
+        block_q = np.float64(q[i])
+        offset = block_s / max(n, 1.0) if centred else 0.0
+        trusted = (block_q > TINY) & (block_q < HUGE) & (block_s * offset <= POOR * block_q)
+        bad += 0 if trusted | (n == 0.0) else 1
+        moments[_BLOCK + _N + i] = n
+        moments[_BLOCK + _MEAN + i] = np.float64(shift[i]) + offset
+        moments[_BLOCK + _M2 + i] = block_q - block_s * offset
     return bad
 
 
 @lanes
-def _exact_row(block, x, start, width, squares):
-    """Add one row to a tile's float64 sums: x to the means, or (x - mean)**2 to M2."""
-    a = x[start : start + width]
-    if squares:
-        for i in range(width):
-            d = deviation(a, i, block[_MEAN + i])
-            block[_M2 + i] += d * d
-    else:
-        for i in range(width):
-            block[_MEAN + i] += np.float64(load(a, i))
-
-
-@lanes
-def _exact_row_masked(block, x, start, mask, mask_start, width, squares):
-    """Do as `_exact_row` where `mask` is True."""
-    a = x[start : start + width]
-    m = mask[mask_start : mask_start + width]
-    if squares:
-        for i in range(width):
-            d = deviation(a, i, block[_MEAN + i]) if m[i] else 0.0
-            block[_M2 + i] += d * d
-    else:
-        for i in range(width):
-            block[_MEAN + i] += np.float64(load(a, i)) if m[i] else 0.0
-
-
-@scalar
-def _exact_moments(block, x, start, stride, rows, width, mask, mask_start, mask_stride, mask_step, centred):
+def _exact_moments(moments, x, start, stride, rows, width, mask, mask_start, mask_stride, mask_step, centred):
     """Take a block's means and M2 again in float64, in two sweeps; its counts are known."""
-    block[_MEAN:] = 0.0
-    for squares in (False, True):
-        if squares or centred:
-            for r in range(rows):
-                if mask is None:
-                    _exact_row(block, x, start + r * stride, width, squares)
-                else:
-                    m = mask_start + r * mask_stride
-                    if mask_step != 0:
-                        _exact_row_masked(block, x, start + r * stride, mask, m, width, squares)
-                    elif mask[m]:
-                        _exact_row(block, x, start + r * stride, width, squares)
-        if not squares:
+    n = moments[_BLOCK + _N : _BLOCK + _N + width]
+    mean = moments[_BLOCK + _MEAN : _BLOCK + _MEAN + width]
+    m2 = moments[_BLOCK + _M2 : _BLOCK + _M2 + width]
+    for i in range(width):
+        mean[i] = 0.0
+        m2[i] = 0.0
+    for squares in range(0 if centred else 1, 2):
+        for r in range(rows):
+            run = x[start + r * stride : start + r * stride + width]
+            at = mask_start + r * mask_stride
             for i in range(width):
-                block[_MEAN + i] /= max(block[_N + i], 1.0)
+                seen = True if mask is None else mask[at + i * mask_step]
+                d = deviation(run, i, mean[i] if squares == 1 else 0.0) if seen else 0.0
+                if squares == 1:
+                    m2[i] += d * d
+                else:
+                    m2[i] += d
+        if squares == 0:
+            for i in range(width):
+                mean[i] = m2[i] / max(n[i], 1.0)
+                m2[i] = 0.0
 
 
 @scalar
-def _merge_lanes(moments, block, width):
-    """Merge a block's moments into a tile's, lane by lane, by Chan's formula."""
+def _merge_lanes(moments, into, part, width):
+    """Merge the moments at `part` into those at `into`, lane by lane, by Chan's formula."""
     for i in range(width):
-        n = moments[_N + i]
-        m = block[_N + i]
+        n = moments[into + _N + i]
+        m = moments[part + _N + i]
+        mean = moments[into + _MEAN + i]
+        part_mean = moments[part + _MEAN + i]
+        m2 = moments[into + _M2 + i]
+        part_m2 = moments[part + _M2 + i]
         count = n + m
         share = m / max(count, 1.0)
-        mean = moments[_MEAN + i]
-        delta = block[_MEAN + i] - mean
+        delta = part_mean - mean
         merged_mean = mean + delta * share
-        merged_m2 = moments[_M2 + i] + block[_M2 + i] + delta * delta * n * share
-        # Either side may be empty; then the other stands as it is (its mean times 0 may be NaN).
-        merged_mean = block[_MEAN + i] if n == 0.0 else merged_mean
-        merged_m2 = block[_M2 + i] if n == 0.0 else merged_m2
-        moments[_MEAN + i] = mean if m == 0.0 else merged_mean
-        moments[_M2 + i] = moments[_M2 + i] if m == 0.0 else merged_m2
-        moments[_N + i] = count
+        merged_m2 = m2 + part_m2 + delta * delta * n * share
+        # Where one side is empty the other stands as it is: a mean that is Inf times a count of 0 would be NaN.
+        moments[into + _N + i] = count
+        moments[into + _MEAN + i] = mean if m == 0.0 else (part_mean if n == 0.0 else merged_mean)
+        moments[into + _M2 + i] = m2 if m == 0.0 else (part_m2 if n == 0.0 else merged_m2)
 
 
 @scalar
-def _chunk_moments(moments, block, sums, x, mask, g, k0, first, width, chunk, centred):
+def _chunk_moments(moments, sums, x, mask, g, k0, first, width, chunk, centred):
     """Take the moments of one chunk of rows in the lanes from `first` on."""
-    moments[:] = 0.0
     start = g.x_start + k0 * g.x_K0 + first
     mask_start = g.mask_start + k0 * g.mask_K0 + first * g.mask_R1
     r_start = chunk * g.chunk_rows
     r_stop = min(r_start + g.chunk_rows, g.rows)
-    sums[:] = lane(x, 0.0)
-    if centred:
-        prefix = min(PREFIX, r_stop - r_start)
-        _sweep_rows(sums, x, start + r_start * g.x_R0, g.x_R0, prefix, width)
-        for i in range(width):
-            sums[_SHIFT + i] = sums[_SUM + i] / lane(x, max(prefix, 1))
+    for i in range(_CHUNK, _CHUNK + 3 * TILE):
+        moments[i] = 0.0
+    prefix = min(PREFIX, r_stop - r_start) if centred else 0
+    for i in range(width):
+        k = lane(x, 0.0)
+        for r in range(prefix):
+            k += load(x, start + (r_start + r) * g.x_R0 + i)
+        sums[_SHIFT + i] = k / lane(x, max(prefix, 1))
     blocks = -(-(r_stop - r_start) // BLOCK_ROWS)
     # The last chunk also takes the tail: the leftover rows, fewer than a folded row holds.
     tail = min(max(g.tail - first, 0), width) if chunk == g.chunks - 1 else 0
@@ -206,14 +167,14 @@ def _chunk_moments(moments, block, sums, x, mask, g, k0, first, width, chunk, ce
             r, rows, wide = r_stop, 1, tail
         x_at = start + r * g.x_R0
         mask_at = mask_start + r * g.mask_R0
-        _block_sums(sums, x, x_at, g.x_R0, rows, wide, mask, mask_at, g.mask_R0, g.mask_R1)
-        if _moments_of_sums(sums, block, wide, centred) > 0:
-            _exact_moments(block, x, x_at, g.x_R0, rows, wide, mask, mask_at, g.mask_R0, g.mask_R1, centred)
-        _merge_lanes(moments, block, wide)
+        bad = _block_moments(sums, moments, x, x_at, g.x_R0, rows, wide, mask, mask_at, g.mask_R0, g.mask_R1, centred)
+        if bad > 0:
+            _exact_moments(moments, x, x_at, g.x_R0, rows, wide, mask, mask_at, g.mask_R0, g.mask_R1, centred)
+        _merge_lanes(moments, _CHUNK, _BLOCK, wide)
         if centred:
             for i in range(wide):
-                if block[_N + i] > 0.0:
-                    sums[_SHIFT + i] = lane(x, block[_MEAN + i])
+                if moments[_BLOCK + _N + i] > 0.0:
+                    sums[_SHIFT + i] = lane(x, moments[_BLOCK + _MEAN + i])
 
 
 @scalar
@@ -221,13 +182,20 @@ def _close_groups(moments, g, k0, first, width, stats, eps):
     """Merge the lanes of a tile into the statistics of its groups."""
     a = k0 * g.K1 + first // g.R1
     b = k0 * g.K1 + min((first + width) // g.R1, g.K1)
-    stats[COUNT, a:b] = 0.0
-    stats[MEAN, a:b] = 0.0
-    stats[M2, a:b] = 0.0
+    for group in range(a, b):
+        stats[COUNT, group] = 0.0
+        stats[MEAN, group] = 0.0
+        stats[M2, group] = 0.0
     for i in range(width):
         group = k0 * g.K1 + (first + i) // g.R1 % g.K1
-        n, mean, m2 = stats[COUNT, group], stats[MEAN, group], stats[M2, group]
-        n, mean, m2 = merge(n, mean, m2, moments[_N + i], moments[_MEAN + i], moments[_M2 + i])
+        n, mean, m2 = merge(
+            stats[COUNT, group],
+            stats[MEAN, group],
+            stats[M2, group],
+            moments[_TOTAL + _N + i],
+            moments[_TOTAL + _MEAN + i],
+            moments[_TOTAL + _M2 + i],
+        )
         stats[COUNT, group] = n
         stats[MEAN, group] = mean
         stats[M2, group] = m2
@@ -236,72 +204,47 @@ def _close_groups(moments, g, k0, first, width, stats, eps):
 
 
 @scalar
-def _spread(params, weight, bias, stats, g, k0, first, width, x):
-    """Give every lane of a tile its mean (in two parts), scale and bias; tell whether float32 lanes can hold them."""
+def _write_tile(x, y, weight, bias, stats, g, k0, first, width, chunk_start, chunk_stop):
+    """Normalize chunks of rows of a tile, in lanes; in float64, one by one, where float32 cannot hold a lane's rstd."""
     by_row = g.inner % g.lanes == 0
+    params = np.empty(4 * TILE, weight.dtype)
     safe = True
     for i in range(width):
         group = k0 * g.K1 + (first + i) // g.R1 % g.K1
         mean = stats[MEAN, group]
         rstd = stats[RSTD, group]
         safe &= (rstd > 1.0 / FLOAT32_SAFE) & (rstd < FLOAT32_SAFE)
-        hi = np.float64(lane(x, mean))
-        channel = (first + i) // g.inner % g.size
+        hi = lane(x, mean)
+        channel = 0 if by_row else (first + i) // g.inner % g.size
         params[_HI + i] = hi
-        params[_LO + i] = mean - hi
+        params[_LO + i] = mean - np.float64(hi)
         params[_SCALE + i] = rstd if by_row else rstd * weight[channel]
         params[_BIAS + i] = 0.0 if by_row else bias[channel]
-    return safe
-
-
-@scalar
-def _write_row(params, x, x_start, y, y_start, width, weight, bias):
-    """Normalize one row of a tile; `weight` and `bias` are those of the row, on top of the lanes' own."""
-    a = x[x_start : x_start + width]
-    out = y[y_start : y_start + width]
-    for i in range(width):
-        centred = deviation(a, i, params[_HI + i]) - params[_LO + i]
-        store(out, i, centred * params[_SCALE + i] * weight + (params[_BIAS + i] + bias))
-
-
-@scalar
-def _write_chunk(params, x, y, weight, bias, g, k0, first, width, chunk):
-    """Normalize one chunk of rows of a tile."""
-    by_row = g.inner % g.lanes == 0
-    r_start = chunk * g.chunk_rows
-    r_stop = min(r_start + g.chunk_rows, g.rows)
-    tail = min(max(g.tail - first, 0), width) if chunk == g.chunks - 1 else 0
-    w = lane(params, 1.0)
-    b = lane(params, 0.0)
-    for r in range(r_start, r_stop + (1 if tail > 0 else 0)):
+    row_weight = lane(x, 1.0)
+    row_bias = lane(x, 0.0)
+    r_stop = min(chunk_stop * g.chunk_rows, g.rows)
+    tail = min(max(g.tail - first, 0), width) if chunk_stop == g.chunks else 0
+    for r in range(chunk_start * g.chunk_rows, r_stop + (1 if tail > 0 else 0)):
+        wide = tail if r == r_stop else width
         if by_row:
             channel = (k0 * g.rows + r) * g.lanes // g.inner % g.size
-            w = weight[channel]
-            b = bias[channel]
+            row_weight = weight[channel]
+            row_bias = bias[channel]
         x_at = g.x_start + k0 * g.x_K0 + r * g.x_R0 + first
         y_at = g.y_start + k0 * g.y_K0 + r * g.y_R0 + first
-        _write_row(params, x, x_at, y, y_at, tail if r == r_stop else width, w, b)
-
-
-@scalar
-def _write_tile(x, y, weight, bias, stats, g, k0, first, width, chunk_start, chunk_stop):
-    """Normalize chunks of rows of a tile, in float32 lanes where they can hold its statistics."""
-    wide = np.empty(4 * TILE, np.float64)
-    if _spread(wide, weight, bias, stats, g, k0, first, width, x):
-        params = np.empty(4 * TILE, weight.dtype)
-        for i in range(4 * TILE):
-            params[i] = wide[i]
-        for chunk in range(chunk_start, chunk_stop):
-            _write_chunk(params, x, y, weight, bias, g, k0, first, width, chunk)
-    else:
-        for chunk in range(chunk_start, chunk_stop):
-            _write_chunk(wide, x, y, weight, bias, g, k0, first, width, chunk)
-
-
-@scalar
-def _scratch(weight):
-    """Make a tile's scratch arrays: sums in lanes, moments of a block, of a chunk and of the tile in float64."""
-    return np.empty(4 * TILE, weight.dtype), np.empty(3 * TILE), np.empty(3 * TILE), np.empty(3 * TILE)
+        if safe:
+            a = x[x_at : x_at + wide]
+            b = y[y_at : y_at + wide]
+            for i in range(wide):
+                centred = deviation(a, i, params[_HI + i]) - params[_LO + i]
+                store(b, i, centred * params[_SCALE + i] * row_weight + (params[_BIAS + i] + row_bias))
+        else:
+            for i in range(wide):
+                group = k0 * g.K1 + (first + i) // g.R1 % g.K1
+                channel = (first + i) // g.inner % g.size
+                w = row_weight if by_row else weight[channel]
+                z = row_bias if by_row else bias[channel]
+                store(y, y_at + i, deviation(x, x_at + i, stats[MEAN, group]) * stats[RSTD, group] * w + z)
 
 
 @scalar
@@ -312,12 +255,12 @@ def _forward_tile(unit, x, y, mask, weight, bias, stats, geometry, eps, centred)
     k0 = unit // tiles
     first = unit % tiles * g.tile
     width = min(g.tile, g.lanes - first)
-    sums, block, moments, merged = _scratch(weight)
-    merged[:] = 0.0
+    sums = np.empty(4 * TILE, weight.dtype)
+    moments = np.zeros(9 * TILE)
     for chunk in range(g.chunks):
-        _chunk_moments(moments, block, sums, x, mask, g, k0, first, width, chunk, centred)
-        _merge_lanes(merged, moments, width)
-    _close_groups(merged, g, k0, first, width, stats, eps)
+        _chunk_moments(moments, sums, x, mask, g, k0, first, width, chunk, centred)
+        _merge_lanes(moments, _TOTAL, _CHUNK, width)
+    _close_groups(moments, g, k0, first, width, stats, eps)
     _write_tile(x, y, weight, bias, stats, g, k0, first, width, 0, g.chunks)
 
 
@@ -337,13 +280,12 @@ def _store_chunk(unit, x, mask, weight, table, geometry, centred):
     tile = unit // g.chunks
     first = tile % tiles * g.tile
     width = min(g.tile, g.lanes - first)
-    sums, block, moments, _ = _scratch(weight)
-    _chunk_moments(moments, block, sums, x, mask, g, tile // tiles, first, width, chunk, centred)
-    out = table[tile, chunk]
-    for i in range(width):
-        out[0, i] = moments[_N + i]
-        out[1, i] = moments[_MEAN + i]
-        out[2, i] = moments[_M2 + i]
+    sums = np.empty(4 * TILE, weight.dtype)
+    scratch = np.empty(9 * TILE)
+    _chunk_moments(scratch, sums, x, mask, g, tile // tiles, first, width, chunk, centred)
+    for row in range(3):
+        for i in range(width):
+            table[tile, chunk, row, i] = scratch[_CHUNK + row * TILE + i]
 
 
 @Kernel
@@ -359,16 +301,13 @@ def _merge_tile(tile, table, stats, geometry, eps):
     tiles = -(-g.lanes // g.tile)
     first = tile % tiles * g.tile
     width = min(g.tile, g.lanes - first)
-    block = np.empty(3 * TILE)
-    merged = np.zeros(3 * TILE)
+    scratch = np.zeros(9 * TILE)
     for chunk in range(g.chunks):
-        part = table[tile, chunk]
-        for i in range(width):
-            block[_N + i] = part[0, i]
-            block[_MEAN + i] = part[1, i]
-            block[_M2 + i] = part[2, i]
-        _merge_lanes(merged, block, width)
-    _close_groups(merged, g, tile // tiles, first, width, stats, eps)
+        for row in range(3):
+            for i in range(width):
+                scratch[_CHUNK + row * TILE + i] = table[tile, chunk, row, i]
+        _merge_lanes(scratch, _TOTAL, _CHUNK, width)
+    _close_groups(scratch, g, tile // tiles, first, width, stats, eps)
 
 
 @Kernel

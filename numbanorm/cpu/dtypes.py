@@ -11,10 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding
-import numba
 import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import config, types
 from numba.extending import intrinsic, overload, register_jitable
 
 from .jit import LANE_OPTIONS, SCALAR_OPTIONS
@@ -191,9 +190,9 @@ def float32_to_bfloat16(value):
 
 
 def has_f16c() -> bool:
-    """Tell whether the CPU that Numba compiles for converts float16 in hardware; elsewhere LLVM's conversion crashes."""
-    if numba.config.CPU_NAME or numba.config.CPU_FEATURES:  # the user compiles for another CPU than this one
-        return "+f16c" in (numba.config.CPU_FEATURES or "")
+    """Tell whether the CPU that Numba compiles for converts float16 itself; elsewhere LLVM's conversion crashes."""
+    if config.CPU_NAME or config.CPU_FEATURES:  # the user compiles for another CPU than this one
+        return "+f16c" in (config.CPU_FEATURES or "")
     return bool(llvmlite.binding.get_host_cpu_features().get("f16c", False))
 
 

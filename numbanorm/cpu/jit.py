@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from numba import njit
 from numba.core import caching
@@ -50,12 +50,12 @@ class Kernel:
 
 
 def _compiled(function: Callable[..., None], *, parallel: bool) -> Callable[..., None]:
-    dispatcher = njit(**SCALAR_OPTIONS, parallel=parallel)(function)
+    dispatcher: Any = njit(**SCALAR_OPTIONS, parallel=parallel)(function)
     try:
         dispatcher._cache = _DiskCache(function, "parallel" if parallel else "serial")
     except (RuntimeError, OSError) as error:
         _warn_no_cache(str(error))
-    return dispatcher
+    return cast("Callable[..., None]", dispatcher)
 
 
 class _DiskCache(caching.FunctionCache):

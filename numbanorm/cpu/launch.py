@@ -28,17 +28,13 @@ MAX_CHUNKS = 64
 TABLE_BYTES = 1 << 20
 """Bound on the partial moments of all chunks of the columns kernel, at 24 bytes a lane."""
 
-GEOMETRY = np.dtype(
-    [
-        (name, np.int64)
-        for name in (
-            "K0 R0 K1 R1 inner size "
-            "x_start x_K0 x_R0 x_K1 y_start y_K0 y_R0 y_K1 mask_start mask_K0 mask_R0 mask_K1 mask_R1 "
-            "rows lanes tail tile chunk_rows chunk_runs chunk_width chunks piece_runs"
-        ).split()
-    ],
-    align=True,
-)
+_FIELDS = """
+    K0 R0 K1 R1 inner size
+    x_start x_K0 x_R0 x_K1 y_start y_K0 y_R0 y_K1 mask_start mask_K0 mask_R0 mask_K1 mask_R1
+    rows lanes tail tile chunk_rows chunk_runs chunk_width chunks piece_runs
+"""
+
+GEOMETRY = np.dtype([(name, np.int64) for name in _FIELDS.split()], align=True)
 """What a kernel must know of a view; the kernels read it by name from an array of two (see `rows.forward`)."""
 
 
@@ -56,7 +52,7 @@ def geometry(plan: Plan, affine: bool) -> np.ndarray:
         if affine:
             g["inner"], g["size"] = layout.inner, layout.size
         else:
-            g["inner"], g["size"] = max(np.prod(layout.view), 2), 1
+            g["inner"], g["size"] = max(plan.size, 2), 1
         _write(g, "x", source)
         _write(g, "y", target)
         mask = plan.mask or plan.packed

@@ -1,0 +1,217 @@
+"""Arrays in and out: what callers hand over becomes NumPy arrays and flat spans of memory, and results go back."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from .cpu.dtypes import NARROW, WIDE
+from .plan import Placement, Plan
+
+Back = Callable[[np.ndarray], Any]
+
+FLOATS = frozenset(["float16", "bfloat16", "float32", "float64"])
+_SUPPORTED = "float16, bfloat16, float32, float64, bool or an integer of 8 to 64 bits"
+
+
+def as_array(value: Any, name: str) -> np.ndarray:
+    """Return `value` as a NumPy array, without a copy wherever it is an array already.
+
+    Raises
+    ------
+    TypeError
+        If it lies on another device, is lazy, is a masked array, or is nothing that NumPy can convert.
+    """
+    if type(value) is np.ndarray:
+        return value
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name}: expected an array, got a masked array; pass its data, and ~{name}.mask as mask=")
+    if isinstance(value, np.ndarray):
+        return value.view(np.ndarray)
+    if hasattr(value, "__cuda_array_interface__"):
+        raise TypeError(f"{name}: expected an array in host memory, got a CUDA array; this version has no CUDA backend")
+    if hasattr(value, "__dask_graph__"):
+        raise TypeError(
+            f"{name}: expected an array in memory, got a lazy {type(value).__name__}; call .compute() first"
+        )
+    try:
+        return np.from_dlpack(value) if hasattr(value, "__dlpack__") else np.asarray(value)
+    except (TypeError, ValueError, BufferError, RuntimeError) as error:
+        raise TypeError(f"{name}: expected an array, got {type(value).__name__} ({error})") from error
+
+
+def way_back(value: Any) -> Back | None:
+    """Return what turns a NumPy array into an array of the kind of `value`; None where that is NumPy."""
+    if isinstance(value, np.ndarray) or not hasattr(value, "__dlpack__"):
+        return None
+    module = sys.modules[type(value).__module__.partition(".")[0]]
+    namespace = value.__array_namespace__() if hasattr(value, "__array_namespace__") else module
+    back: Back = namespace.from_dlpack
+    return back
+
+
+def as_input(value: Any, name: str) -> np.ndarray:
+    """Return `value` as an array of a supported dtype in native byte order.
+
+    Raises
+    ------
+    TypeError
+        If its dtype is none that the kernels compute on.
+    """
+    array = as_array(value, name)
+    if array.dtype.name not in NARROW and array.dtype.name not in WIDE:
+        raise TypeError(f"{name}: expected {_SUPPORTED}, got {array.dtype}")
+    if not array.dtype.isnative:
+        return array.astype(array.dtype.newbyteorder("="))
+    return array if array.flags.aligned else array.copy("K")
+
+
+def result_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the dtype of the output: that of the input, or the lane dtype where the input holds no fractions."""
+    if dtype.name in FLOATS:
+        return dtype
+    return np.dtype(np.float32 if dtype.name in NARROW else np.float64)
+
+
+@cache
+def machine_epsilon(dtype: np.dtype[Any]) -> float:
+    """Return the machine epsilon of the output for inputs of `dtype`."""
+    dtype = result_dtype(dtype)
+    if dtype.name == "bfloat16":
+        return 2.0**-7
+    return float(np.finfo(dtype).eps)
+
+
+def as_parameter(value: Any, name: str, shape: tuple[int, ...], lane: type[Any]) -> np.ndarray:
+    """Return a weight or bias of the given shape in the lane dtype.
+
+    Raises
+    ------
+    TypeError
+        If its dtype is not a float.
+    ValueError
+        If it has another shape.
+    """
+    array = as_array(value, name)
+    if array.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {array.shape}")
+    is_list = not hasattr(value, "dtype")
+    if array.dtype.name not in FLOATS and not (is_list and array.dtype.kind in "iu"):
+        raise TypeError(f"{name}: expected a float dtype, got {array.dtype}")
+    return np.ascontiguousarray(array, dtype=lane)
+
+
+def as_mask(value: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Return a mask broadcast to `shape`.
+
+    Raises
+    ------
+    TypeError
+        If it is not boolean.
+    ValueError
+        If it does not broadcast.
+    """
+    mask = as_array(value, "mask")
+    if mask.dtype != np.bool_:
+        raise TypeError(f"mask: expected dtype bool (True = counts), got {mask.dtype}")
+    try:
+        return np.broadcast_to(mask, shape)
+    except ValueError:
+        raise ValueError(f"mask: expected a shape that broadcasts to {shape}, got {mask.shape}") from None
+
+
+def as_output(value: Any, shape: tuple[int, ...], dtype: np.dtype[Any], inputs: dict[str, np.ndarray]) -> np.ndarray:
+    """Return `out` as an array that may be written.
+
+    Parameters
+    ----------
+    value : array_like
+        What the caller gave.
+    shape, dtype
+        What it must have.
+    inputs : dict of str to np.ndarray
+        The arrays that it must not overlap, by name; `x` and `residual` may be `out` as a whole.
+
+    Raises
+    ------
+    TypeError
+        If it is no array, or of another dtype.
+    ValueError
+        If it has another shape, is read-only, or overlaps an input in part.
+    """
+    if not hasattr(value, "__array__") and not hasattr(value, "__dlpack__"):
+        raise TypeError(f"out: expected an array, got {type(value).__name__}")
+    out = as_array(value, "out")
+    if out.shape != shape:
+        raise ValueError(f"out: expected shape {shape}, got {out.shape}")
+    if out.dtype != dtype or not out.dtype.isnative:
+        raise TypeError(f"out: expected dtype {dtype}, got {out.dtype}")
+    if not out.flags.writeable:
+        raise ValueError("out: expected a writeable array, got a read-only one")
+    if any(n > 1 and s == 0 for n, s in zip(out.shape, out.strides, strict=True)):
+        raise ValueError("out: expected an element of memory for each element, got a broadcast array")
+    for name, array in inputs.items():
+        whole = name in ("x", "residual") and _same_memory(out, array)
+        if not whole and np.may_share_memory(out, array) and _overlap(out, array):
+            raise ValueError(f"out: expected memory apart from {name} (or all of x itself), got a partial overlap")
+    return out
+
+
+def _same_memory(a: np.ndarray, b: np.ndarray) -> bool:
+    return address(a) == address(b) and a.strides == b.strides and a.dtype == b.dtype
+
+
+def _overlap(a: np.ndarray, b: np.ndarray) -> bool:
+    try:
+        return np.shares_memory(a, b, max_work=10_000)  # type: ignore[arg-type]  # NumPy's stubs know -1 and 0 alone
+    except np.exceptions.TooHardError:
+        return True
+
+
+def address(array: np.ndarray) -> int:
+    """Return the address of the first element."""
+    pointer: int = array.__array_interface__["data"][0]
+    return pointer
+
+
+class _Span:
+    """Memory of an array as a flat array of its own, which keeps its owner alive."""
+
+    __slots__ = ("__array_interface__", "owner")
+
+    def __init__(self, owner: np.ndarray, start: int, length: int) -> None:
+        self.owner = owner
+        # Declared writeable whatever the owner is: kernels are compiled once, for writeable arrays, and write only to
+        # outputs, which were checked.
+        self.__array_interface__ = {
+            "shape": (length,),
+            "typestr": f"|V{owner.itemsize}",
+            "data": (address(owner) - start * owner.itemsize, False),
+            "version": 3,
+        }
+
+
+def flat(array: np.ndarray, placement: Placement | None, plan: Plan) -> np.ndarray:
+    """Return an aligned array as the kernels read it: its span of memory, or that of a copy where there is no place."""
+    if placement is None:
+        return packed(array, plan)
+    if array.flags.carray:
+        return array.reshape(-1)
+    return np.asarray(_Span(array, placement.start, placement.span)).view(array.dtype)
+
+
+def packed(array: np.ndarray, plan: Plan) -> np.ndarray:
+    """Return a flat copy of `array`, contiguous in the order of the plan's layout."""
+    return np.array(array.transpose(plan.layout.order), order="C").reshape(-1)
+
+
+def fresh(plan: Plan, dtype: np.dtype[Any]) -> np.ndarray:
+    """Return a new output, in the order of memory of the input."""
+    layout = plan.layout
+    if plan.inverse is None:
+        return np.empty(layout.shape, dtype)
+    return np.empty([layout.shape[a] for a in layout.order], dtype).transpose(plan.inverse)

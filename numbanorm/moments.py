@@ -1,0 +1,203 @@
+"""Moments: mergeable (count, mean, M2), the streaming face of the statistics."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from . import arrays, cpu
+from .functional import integers, public_statistic
+from .plan import plan
+
+
+class Moments:
+    """Count, mean and sum of squared deviations (M2) of the elements along some axes, in float64.
+
+    Make one with `Moments.of`, feed it with `update`, merge two with ``+``. Merging follows Chan's formula [1]_: it is
+    as exact as taking all elements at once, whatever the batches.
+
+    Attributes
+    ----------
+    count : int64, scalar or shape of `mean`
+        Elements seen; an array once a mask was used.
+    mean : float64, scalar or ndarray
+        Their mean, of the input's shape without the reduced axes; 0 where nothing was seen.
+
+    References
+    ----------
+    .. [1] T. F. Chan, G. H. Golub, R. J. LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
+       Variances", 1979.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbanorm as nn
+    >>> m = nn.Moments.of(np.array([[1.0, 2.0], [3.0, 6.0]]), axis=0)
+    >>> m.mean, m.var()
+    (array([2., 4.]), array([1., 4.]))
+    >>> m.update(np.array([[5.0, 1.0]])).mean
+    array([3., 3.])
+    """
+
+    __slots__ = ("_axis", "_count", "_m2", "_mean")
+
+    def __init__(self, axis: tuple[int, ...] | None, count: np.ndarray, mean: np.ndarray, m2: np.ndarray) -> None:
+        self._axis = axis
+        self._count = count
+        self._mean = mean
+        self._m2 = m2
+
+    @classmethod
+    def of(cls, x: Any, axis: int | tuple[int, ...] | None = None, *, mask: Any = None) -> Self:
+        """Take the moments of an array.
+
+        Parameters
+        ----------
+        x : array_like
+            float16, bfloat16, float32, float64, bool or an integer dtype.
+        axis : int or tuple of int, optional
+            The axes along which to take them; all if None.
+        mask : array_like of bool, broadcastable to `x`, optional
+            True where an element counts.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If dtype, axis or mask do not fit.
+        """
+        axes = None if axis is None else integers(axis, "axis")
+        return cls(axes, *_moments(x, axes, mask))
+
+    @property
+    def count(self) -> Any:
+        """Elements seen."""
+        return self._count[()]
+
+    @property
+    def mean(self) -> Any:
+        """Their mean."""
+        return self._mean[()]
+
+    def var(self, ddof: float = 0) -> Any:
+        """Return the variance, ``M2 / (count - ddof)``; NaN where that is not positive.
+
+        Parameters
+        ----------
+        ddof : float, optional
+            0: biased, as it normalizes. 1: unbiased.
+        """
+        freedom = np.broadcast_to(self._count - ddof, self._m2.shape)
+        return np.divide(self._m2, freedom, out=np.full(self._m2.shape, np.nan), where=freedom > 0)[()]
+
+    def std(self, ddof: float = 0) -> Any:
+        """Return the standard deviation, the root of `var`."""
+        return np.sqrt(self.var(ddof))
+
+    def update(self, x: Any, *, mask: Any = None) -> Self:
+        """Take in another batch, along the same axes, and return this object.
+
+        Parameters
+        ----------
+        x : array_like
+            Its axes that are not reduced must have the lengths that they had before.
+        mask : array_like of bool, broadcastable to `x`, optional
+            True where an element counts.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the batch does not fit; nothing has changed then.
+        """
+        self._count, self._mean, self._m2 = self._merged(*_moments(x, self._axis, mask))
+        return self
+
+    def __add__(self, other: Moments) -> Moments:
+        """Merge with the moments of other elements."""
+        if not isinstance(other, Moments):
+            return NotImplemented
+        return Moments(self._axis, *self._merged(other._count, other._mean, other._m2))
+
+    def _merged(self, count: np.ndarray, mean: np.ndarray, m2: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if mean.shape != self._mean.shape:
+            raise ValueError(f"x: expected moments of shape {self._mean.shape}, got {mean.shape}")
+        total = self._count + count
+        share = np.divide(count, total, out=np.zeros(np.shape(total)), where=total > 0)
+        delta = np.where((self._count > 0) & (count > 0), mean - self._mean, 0.0)
+        merged = np.where(self._count > 0, self._mean, mean) + delta * share
+        return np.asarray(total), merged, self._m2 + m2 + delta * delta * self._count * share
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to an ``.npz`` file of exactly this name, whole or not at all.
+
+        Parameters
+        ----------
+        path : str or path
+            Where to.
+        """
+        target = Path(path)
+        scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        axis: dict[str, Any] = {} if self._axis is None else {"axis": np.array(self._axis, np.int64)}
+        try:
+            with scratch.open("wb") as file:
+                np.savez(file, count=self._count, mean=self._mean, m2=self._m2, **axis)
+            scratch.replace(target)
+        finally:
+            scratch.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read what `save` wrote. Pickles are refused.
+
+        Parameters
+        ----------
+        path : str or path
+            Where from.
+
+        Raises
+        ------
+        ValueError
+            If the file does not hold moments.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                stored = {name: file[name] for name in file.files}
+            count, mean, m2 = (stored[name] for name in ("count", "mean", "m2"))
+        except OSError:
+            raise
+        except Exception as error:  # zipfile, zlib and NumPy each have their own for garbage
+            raise ValueError(
+                f"path: expected a file written by Moments.save, got {os.fspath(path)}: {error!r}"
+            ) from error
+        fits = mean.shape == m2.shape and count.shape in ((), mean.shape)
+        if not fits or count.dtype != np.int64 or mean.dtype != np.float64 or m2.dtype != np.float64:
+            raise ValueError(f"path: expected a file written by Moments.save, got {os.fspath(path)}: shapes differ")
+        axis = tuple(int(a) for a in stored["axis"]) if "axis" in stored else None
+        return cls(axis, count, mean, m2)
+
+    def __repr__(self) -> str:
+        return f"Moments(count={self.count}, mean={self.mean}, var={self.var()})"
+
+
+def _moments(x: Any, axis: tuple[int, ...] | None, mask: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (count, mean, M2) of one array."""
+    source = arrays.as_input(x, "x")
+    if source.ndim == 0:
+        source = source.reshape(1)
+    counted = None if mask is None else arrays.as_mask(mask, source.shape)
+    axes = tuple(range(source.ndim)) if axis is None else axis
+    strides = None if counted is None else counted.strides
+    work = plan("layer", (1, None, axes), source.shape, (source.strides, source.itemsize), None, strides)
+    layout = work.layout
+    if source.size == 0:
+        stats = np.zeros((4, layout.groups))
+    else:
+        flat_mask = None if counted is None else arrays.flat(counted, work.mask, work)
+        stats = cpu.statistics(work, arrays.flat(source, work.x, work), flat_mask)
+    kept = tuple(n for a, n in enumerate(source.shape) if a not in layout.reduced_axes)
+    count, mean, m2 = (public_statistic(stats[row], layout).reshape(kept) for row in (cpu.COUNT, cpu.MEAN, cpu.M2))
+    if counted is None:
+        return np.array(layout.count, np.int64), mean.copy(), m2.copy()
+    return count.astype(np.int64), mean.copy(), m2.copy()

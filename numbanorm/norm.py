@@ -1,0 +1,521 @@
+"""Norm: parameters, running statistics and mode around the functions; five thin subclasses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from . import arrays
+from .functional import (
+    batch_norm,
+    check_eps,
+    group_norm,
+    instance_norm,
+    integer,
+    layer_norm,
+    lengths,
+    normalized_axes,
+    positive,
+    rms_norm,
+)
+from .layout import Layout
+
+
+class _Dispatch(type):
+    """Makes ``Norm("layer", 384)`` a ``LayerNorm(384)``."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if cls is not Norm:
+            return super().__call__(*args, **kwargs)
+        kind = args[0] if args else kwargs.pop("kind", None)
+        if kind not in KINDS:
+            raise ValueError(f"kind: expected one of {', '.join(map(repr, KINDS))}, got {kind!r}")
+        return KINDS[kind](*args[1:], **kwargs)
+
+
+class Norm(metaclass=_Dispatch):
+    """A normalization layer; ``Norm(kind, ...)`` makes the subclass for `kind`.
+
+    Parameters
+    ----------
+    kind : str
+        ``"batch"``, ``"layer"``, ``"instance"``, ``"group"`` or ``"rms"``.
+    *args, **kwargs
+        Those of the subclass.
+
+    Attributes
+    ----------
+    weight, bias : ndarray or None
+        gamma and beta; None where the layer has none. Arrays of any float dtype may be assigned.
+    running_mean, running_var : ndarray or None
+        Running statistics of the channels, where they are tracked.
+    num_batches_tracked : int or None
+        Training calls that have updated them.
+    training : bool
+        The mode, set by `train` and `eval`. Only norms that track running statistics behave differently.
+
+    Examples
+    --------
+    >>> import numbanorm as nn
+    >>> nn.Norm("layer", 384)
+    LayerNorm((384,), eps=1e-05)
+    """
+
+    kind: ClassVar[str]
+    weight: np.ndarray | None
+    bias: np.ndarray | None
+    running_mean: np.ndarray | None
+    running_var: np.ndarray | None
+    num_batches_tracked: int | None
+
+    def __init__(self, shape: tuple[int, ...], eps: float | None, affine: bool, bias: bool) -> None:
+        self._shape = shape
+        self.eps: Any = eps if eps is None else check_eps(eps)
+        self.weight = np.ones(shape, np.float32) if affine else None
+        self.bias = np.zeros(shape, np.float32) if affine and bias else None
+        self.running_mean = self.running_var = self.num_batches_tracked = None
+        self.training = True
+
+    def __call__(self, x: Any, *, mask: Any = None, residual: Any = None, out: Any = None) -> Any:
+        """Normalize `x`.
+
+        Parameters
+        ----------
+        x : array_like
+            Of the shape that the layer was made for.
+        mask : array_like of bool, broadcastable to `x`, optional
+            True where an element counts for the statistics (not for RMSNorm).
+        residual : array_like, shape and dtype of `x`, optional
+            Added to `x` first (LayerNorm and RMSNorm only).
+        out : ndarray, optional
+            Where to write the result.
+
+        Returns
+        -------
+        y : ndarray
+            The normalized array; with `residual` a tuple of it and ``x + residual``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If an argument does not fit; nothing is written then.
+        """
+        if residual is not None and not self._takes_residual:
+            raise TypeError(f"residual: expected None, {type(self).__name__} takes none")
+        return self._run(x, mask, residual, out)
+
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        """Return which elements of an array of `shape` share statistics and weights.
+
+        Parameters
+        ----------
+        shape : tuple of int
+            Shape of an input.
+        """
+        return self._layout(tuple(shape))
+
+    _takes_residual: ClassVar[bool] = False
+
+    def _run(self, x: Any, mask: Any, residual: Any, out: Any) -> Any:
+        raise TypeError(f"{type(self).__name__}: expected a norm of its own")
+
+    def _layout(self, shape: tuple[int, ...]) -> Layout:
+        raise TypeError(f"{type(self).__name__}: expected a norm of its own")
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the training mode, and return the layer.
+
+        Parameters
+        ----------
+        mode : bool, optional
+            False is `eval`.
+        """
+        self.training = bool(mode)
+        return self
+
+    def eval(self) -> Self:
+        """Set the mode for inference, and return the layer."""
+        return self.train(False)
+
+    def to(self, device: str) -> Self:
+        """Move parameters and running statistics to a device, and return the layer.
+
+        Parameters
+        ----------
+        device : str
+            ``"cpu"``.
+
+        Raises
+        ------
+        ValueError
+            For any other device: this version has no CUDA backend.
+        """
+        if device != "cpu":
+            raise ValueError(f"device: expected 'cpu' (this version has no CUDA backend), got {device!r}")
+        return self
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Return copies of parameters and running statistics, under torch's names and in torch's shapes."""
+        return {name: np.array(getattr(self, name)) for name in _STATE if getattr(self, name) is not None}
+
+    def load_state_dict(self, mapping: Mapping[str, Any], strict: bool = True) -> Self:
+        """Take parameters and running statistics from a mapping, all or none, and return the layer.
+
+        Parameters
+        ----------
+        mapping : mapping of str to array_like
+            NumPy arrays, torch tensors, what safetensors loads. Their float dtypes are kept.
+        strict : bool, optional
+            False: names that are missing or unknown are passed over.
+
+        Raises
+        ------
+        ValueError
+            If names or shapes do not fit; nothing has changed then.
+        TypeError
+            If a dtype does not fit.
+        """
+        own = [name for name in _STATE if getattr(self, name) is not None]
+        missing = [name for name in own if name not in mapping]
+        unknown = [name for name in mapping if name not in own]
+        if strict and (missing or unknown):
+            raise ValueError(f"mapping: expected the names {own}; missing {missing}, unknown {unknown}")
+        taken = {name: self._checked_state(name, mapping[name]) for name in own if name in mapping}
+        for name, value in taken.items():
+            setattr(self, name, value)
+        return self
+
+    def _checked_state(self, name: str, value: Any) -> Any:
+        array = arrays.as_array(value, name)
+        if name == "num_batches_tracked":
+            if array.size != 1 or array.dtype.kind not in "iu":
+                raise ValueError(f"{name}: expected one integer, got dtype {array.dtype} and shape {array.shape}")
+            return int(array.reshape(())[()])
+        if array.shape != self._shape:
+            raise ValueError(f"{name}: expected shape {self._shape}, got {array.shape}")
+        if array.dtype.name not in arrays.FLOATS:
+            raise TypeError(f"{name}: expected a float dtype, got {array.dtype}")
+        return np.array(array, dtype=array.dtype.newbyteorder("="))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(self._arguments())})"
+
+    def _arguments(self) -> list[str]:
+        """Return the constructor's arguments as `repr` shows them: those that differ from what is usual."""
+        parts = [
+            f"{self._shape if len(self._shape) > 1 or self._takes_residual else self._shape[0]}",
+            f"eps={self.eps}",
+        ]
+        if self.weight is None:
+            parts.append("affine=False")
+        elif self.bias is None and self.kind != "rms":
+            parts.append("bias=False")
+        return parts
+
+
+_STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+class _Channelwise(Norm):
+    """What batch and instance norm share: channels and running statistics."""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float,
+        momentum: float | None,
+        affine: bool,
+        track_running_stats: bool,
+        bias: bool,
+        channel_axis: int,
+    ) -> None:
+        self.num_features = positive(num_features, "num_features")
+        super().__init__((self.num_features,), eps, affine, bias)
+        self.momentum = momentum
+        self.channel_axis = integer(channel_axis, "channel_axis")
+        self.track_running_stats = track_running_stats
+        self.reset_running_stats()
+
+    def reset_running_stats(self) -> None:
+        """Set the running statistics back to mean 0, variance 1 and no batches."""
+        if self.track_running_stats:
+            self.running_mean = np.zeros(self._shape, np.float32)
+            self.running_var = np.ones(self._shape, np.float32)
+            self.num_batches_tracked = 0
+
+    def _layout(self, shape: tuple[int, ...]) -> Layout:
+        layout = Layout.of(self.kind, shape, channel_axis=self.channel_axis)
+        if layout.size != self.num_features:
+            channels = f"{self.num_features} channels along axis {self.channel_axis}"
+            raise ValueError(f"x: expected {channels}, got shape {shape}")
+        return layout
+
+    def _run(self, x: Any, mask: Any, residual: Any, out: Any) -> Any:
+        source = arrays.as_input(x, "x")
+        self._layout(source.shape)
+        tracked = self.num_batches_tracked
+        from_input = self.training or tracked is None
+        update = self.training and tracked is not None
+        momentum: float | None = 0.0
+        if update:
+            momentum = 1.0 / (tracked + 1) if self.momentum is None else self.momentum  # type: ignore[operator]
+        mean, var = (self.running_mean, self.running_var) if update or not from_input else (None, None)
+        function = batch_norm if self.kind == "batch" else instance_norm
+        y = function(
+            x,
+            mean,
+            var,
+            self.weight,
+            self.bias,
+            from_input,
+            momentum,
+            self.eps,
+            channel_axis=self.channel_axis,
+            mask=mask,
+            out=out,
+        )
+        if update and source.size > 0 and (mask is None or np.any(mask)):
+            self.num_batches_tracked = tracked + 1  # type: ignore[operator]
+        return y
+
+    def _arguments(self) -> list[str]:
+        parts = [*super()._arguments(), f"momentum={self.momentum}"]
+        if self.track_running_stats != (self.kind == "batch"):
+            parts.append(f"track_running_stats={self.track_running_stats}")
+        return parts if self.channel_axis == 1 else [*parts, f"channel_axis={self.channel_axis}"]
+
+
+class BatchNorm(_Channelwise):
+    """Batch normalization: each channel over the batch and all positions. See `batch_norm`.
+
+    In training it normalizes with the batch's statistics and updates the running ones; in inference (`eval`) it uses
+    the running ones, so a sample's result does not depend on what else is in the batch.
+
+    Parameters
+    ----------
+    num_features : int
+        Channels C.
+    eps : float, optional
+        Added to the variance.
+    momentum : float or None, optional
+        Share of a batch in the running statistics; None for the average over all batches.
+    affine : bool, optional
+        Whether there are weight and bias, shape (C,).
+    track_running_stats : bool, optional
+        False: no running statistics; inference uses the batch's too.
+    bias : bool, optional
+        False: a weight alone.
+    channel_axis : int, optional
+        Axis of the channels; -1 for channels last.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbanorm as nn
+    >>> norm = nn.BatchNorm(3)
+    >>> y = norm(np.random.default_rng(0).standard_normal((8, 3, 4, 4), dtype=np.float32))
+    >>> y.shape, norm.num_batches_tracked
+    ((8, 3, 4, 4), 1)
+    """
+
+    kind = "batch"
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        bias: bool = True,
+        channel_axis: int = 1,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, bias, channel_axis)
+
+
+class InstanceNorm(_Channelwise):
+    """Instance normalization: each channel of each sample over its positions. See `instance_norm`.
+
+    Parameters
+    ----------
+    num_features, eps, momentum, bias, channel_axis
+        As for `BatchNorm`.
+    affine : bool, optional
+        Whether there are weight and bias, shape (C,).
+    track_running_stats : bool, optional
+        True: inference normalizes with running statistics; otherwise training and inference are the same.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbanorm as nn
+    >>> nn.InstanceNorm(1, eps=0.0)(np.array([[[1.0, 3.0]]]))
+    array([[[-1.,  1.]]])
+    """
+
+    kind = "instance"
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = False,
+        track_running_stats: bool = False,
+        *,
+        bias: bool = True,
+        channel_axis: int = 1,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, bias, channel_axis)
+
+
+class GroupNorm(Norm):
+    """Group normalization: groups of channels of each sample over their positions. See `group_norm`.
+
+    Parameters
+    ----------
+    num_groups : int
+        Groups of neighbouring channels.
+    num_channels : int
+        Channels C, a multiple of `num_groups`.
+    eps : float, optional
+        Added to the variance.
+    affine : bool, optional
+        Whether there are weight and bias, shape (C,).
+    bias : bool, optional
+        False: a weight alone.
+    channel_axis : int, optional
+        Axis of the channels; -1 for channels last.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbanorm as nn
+    >>> nn.GroupNorm(2, 4, eps=0.0)(np.array([[1.0, 3.0, 10.0, 30.0]]))
+    array([[-1.,  1., -1.,  1.]])
+    """
+
+    kind = "group"
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        *,
+        bias: bool = True,
+        channel_axis: int = 1,
+    ) -> None:
+        self.num_groups = positive(num_groups, "num_groups")
+        self.num_channels = positive(num_channels, "num_channels")
+        if self.num_channels % self.num_groups:
+            raise ValueError(f"num_groups: expected a divisor of the {num_channels} channels, got {num_groups}")
+        super().__init__((self.num_channels,), eps, affine, bias)
+        self.channel_axis = integer(channel_axis, "channel_axis")
+
+    def _layout(self, shape: tuple[int, ...]) -> Layout:
+        layout = Layout.of(self.kind, shape, channel_axis=self.channel_axis, num_groups=self.num_groups)
+        if layout.size != self.num_channels:
+            channels = f"{self.num_channels} channels along axis {self.channel_axis}"
+            raise ValueError(f"x: expected {channels}, got shape {shape}")
+        return layout
+
+    def _run(self, x: Any, mask: Any, residual: Any, out: Any) -> Any:
+        self._layout(arrays.as_input(x, "x").shape)
+        return group_norm(
+            x,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            self.eps,
+            channel_axis=self.channel_axis,
+            mask=mask,
+            out=out,
+        )
+
+    def _arguments(self) -> list[str]:
+        parts = [str(self.num_groups), *super()._arguments()]
+        return parts if self.channel_axis == 1 else [*parts, f"channel_axis={self.channel_axis}"]
+
+
+class LayerNorm(Norm):
+    """Layer normalization: each sample over its last axes. See `layer_norm`.
+
+    Parameters
+    ----------
+    normalized_shape : int or tuple of int
+        Lengths of the last axes.
+    eps : float, optional
+        Added to the variance.
+    elementwise_affine : bool, optional
+        Whether there are weight and bias, shape `normalized_shape`.
+    bias : bool, optional
+        False: a weight alone.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbanorm as nn
+    >>> nn.LayerNorm(2, eps=0.0)(np.array([[1.0, 3.0], [10.0, 30.0]]))
+    array([[-1.,  1.],
+           [-1.,  1.]])
+    """
+
+    kind = "layer"
+    _takes_residual = True
+
+    def __init__(
+        self, normalized_shape: Any, eps: float = 1e-5, elementwise_affine: bool = True, bias: bool = True
+    ) -> None:
+        super().__init__(lengths(normalized_shape, "normalized_shape"), eps, elementwise_affine, bias)
+        self.normalized_shape = self._shape
+
+    def _layout(self, shape: tuple[int, ...]) -> Layout:
+        return Layout.of(self.kind, shape, axis=normalized_axes(shape, self._shape, None))
+
+    def _run(self, x: Any, mask: Any, residual: Any, out: Any) -> Any:
+        return layer_norm(x, self._shape, self.weight, self.bias, self.eps, mask=mask, residual=residual, out=out)
+
+
+class RMSNorm(Norm):
+    """RMS normalization: each sample divided by its root mean square over its last axes. See `rms_norm`.
+
+    Parameters
+    ----------
+    normalized_shape : int or tuple of int
+        Lengths of the last axes.
+    eps : float or None, optional
+        Added to the mean square; None for the machine epsilon of the result's dtype.
+    elementwise_affine : bool, optional
+        Whether there is a weight, shape `normalized_shape`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbanorm as nn
+    >>> nn.RMSNorm(2, eps=0.0)(np.array([[3.0, 3.0]]))
+    array([[1., 1.]])
+    """
+
+    kind = "rms"
+    _takes_residual = True
+
+    def __init__(self, normalized_shape: Any, eps: float | None = None, elementwise_affine: bool = True) -> None:
+        super().__init__(lengths(normalized_shape, "normalized_shape"), eps, elementwise_affine, False)
+        self.normalized_shape = self._shape
+
+    def _layout(self, shape: tuple[int, ...]) -> Layout:
+        return Layout.of(self.kind, shape, axis=normalized_axes(shape, self._shape, None))
+
+    def _run(self, x: Any, mask: Any, residual: Any, out: Any) -> Any:
+        if mask is not None:
+            raise TypeError("mask: expected None, RMSNorm takes none")
+        return rms_norm(x, self._shape, self.weight, self.eps, residual=residual, out=out)
+
+
+KINDS: dict[str, type[Norm]] = {norm.kind: norm for norm in (BatchNorm, LayerNorm, InstanceNorm, GroupNorm, RMSNorm)}
+"""The layers by the names that `Norm` takes."""
