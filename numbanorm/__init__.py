@@ -10,7 +10,18 @@ Examples
 """
 
 from .cpu.threads import get_num_threads, set_num_threads
-from .functional import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
+from .functional import (
+    batch_norm,
+    batch_norm_backward,
+    group_norm,
+    group_norm_backward,
+    instance_norm,
+    instance_norm_backward,
+    layer_norm,
+    layer_norm_backward,
+    rms_norm,
+    rms_norm_backward,
+)
 from .layout import Layout
 from .moments import Moments
 from .norm import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, Norm, RMSNorm
@@ -27,10 +38,15 @@ __all__ = [
     "Norm",
     "RMSNorm",
     "batch_norm",
+    "batch_norm_backward",
     "get_num_threads",
     "group_norm",
+    "group_norm_backward",
     "instance_norm",
+    "instance_norm_backward",
     "layer_norm",
+    "layer_norm_backward",
     "rms_norm",
+    "rms_norm_backward",
     "set_num_threads",
 ]

@@ -335,6 +335,320 @@ def rms_norm(
     return call.result(call.forward(eps), return_stats)
 
 
+def batch_norm_backward(
+    dy: Any,
+    x: Any,
+    mean: Any,
+    rstd: Any,
+    weight: Any = None,
+    *,
+    training: bool = True,
+    channel_axis: int = 1,
+    mask: Any = None,
+) -> Any:
+    """Return the gradients of `batch_norm`.
+
+    Parameters
+    ----------
+    dy : array_like, shape of `x`
+        Gradient of the output, of a float dtype.
+    x : array_like, shape (N, C, ...)
+        The input of the forward call.
+    mean, rstd : array_like, shape (C,)
+        What the forward call returned with `return_stats`.
+    weight : array_like, shape (C,), optional
+        gamma.
+    training : bool, optional
+        False: the statistics were the running ones, which do not depend on `x`.
+    channel_axis : int, optional
+        Axis of the channels.
+    mask : array_like of bool, broadcastable to `x`, optional
+        The mask of the forward call.
+
+    Returns
+    -------
+    dx : ndarray, shape of `x`
+        Gradient of the input, of the output's dtype.
+    dweight, dbias : ndarray, shape (C,)
+        Gradients of weight and bias, of `weight`'s dtype; float32 without one, float64 for wide inputs.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument does not fit.
+
+    Notes
+    -----
+    With ``h = (x - mean) * rstd`` and ``g = dy * weight``, in training
+    ``dx = rstd * (g - avg(g) - h * avg(g * h))``, averages taken over the elements that share the mean.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbanorm as nn
+    >>> x = np.array([[1.0], [2.0], [6.0]])
+    >>> y, mean, rstd = nn.batch_norm(x, training=True, return_stats=True)
+    >>> dx, dweight, dbias = nn.batch_norm_backward(np.array([[1.0], [0.0], [0.0]]), x, mean, rstd)
+    >>> np.round(dx.ravel(), 4), dbias
+    (array([ 0.1763, -0.2204,  0.0441]), array([1.]))
+    """
+    options = (integer(channel_axis, "channel_axis"), None, None)
+    return _backward("batch", options, dy, x, arrays.as_input(x, "x"), mean, rstd, weight, mask, fixed=not training)
+
+
+def instance_norm_backward(
+    dy: Any, x: Any, mean: Any, rstd: Any, weight: Any = None, *, channel_axis: int = 1, mask: Any = None
+) -> Any:
+    """Return the gradients of `instance_norm` with the input's statistics.
+
+    Parameters
+    ----------
+    dy, x, weight, channel_axis, mask
+        As for `batch_norm_backward`.
+    mean, rstd : array_like, shape (N, C)
+        What the forward call returned with `return_stats`.
+
+    Returns
+    -------
+    dx, dweight, dbias : ndarray
+        As `batch_norm_backward` returns them.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument does not fit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbanorm as nn
+    >>> x = np.array([[[1.0, 2.0, 6.0]]])
+    >>> y, mean, rstd = nn.instance_norm(x, return_stats=True)
+    >>> dx, dweight, dbias = nn.instance_norm_backward(np.array([[[1.0, 0.0, 0.0]]]), x, mean, rstd)
+    >>> np.round(dx.ravel(), 4)
+    array([ 0.1763, -0.2204,  0.0441])
+    """
+    options = (integer(channel_axis, "channel_axis"), None, None)
+    return _backward("instance", options, dy, x, arrays.as_input(x, "x"), mean, rstd, weight, mask)
+
+
+def group_norm_backward(
+    dy: Any,
+    x: Any,
+    num_groups: int,
+    mean: Any,
+    rstd: Any,
+    weight: Any = None,
+    *,
+    channel_axis: int = 1,
+    mask: Any = None,
+) -> Any:
+    """Return the gradients of `group_norm`.
+
+    Parameters
+    ----------
+    dy, x, weight, channel_axis, mask
+        As for `batch_norm_backward`.
+    num_groups : int
+        Groups of the forward call.
+    mean, rstd : array_like, shape (N, num_groups)
+        What the forward call returned with `return_stats`.
+
+    Returns
+    -------
+    dx, dweight, dbias : ndarray
+        As `batch_norm_backward` returns them.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument does not fit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbanorm as nn
+    >>> x = np.array([[1.0, 2.0, 6.0]])
+    >>> y, mean, rstd = nn.group_norm(x, 1, return_stats=True)
+    >>> dx, dweight, dbias = nn.group_norm_backward(np.array([[1.0, 0.0, 0.0]]), x, 1, mean, rstd)
+    >>> np.round(dx, 4)
+    array([[ 0.1763, -0.2204,  0.0441]])
+    """
+    options = (integer(channel_axis, "channel_axis"), integer(num_groups, "num_groups"), None)
+    return _backward("group", options, dy, x, arrays.as_input(x, "x"), mean, rstd, weight, mask)
+
+
+def layer_norm_backward(
+    dy: Any,
+    x: Any,
+    normalized_shape: Any,
+    mean: Any,
+    rstd: Any,
+    weight: Any = None,
+    *,
+    axis: Any = None,
+    mask: Any = None,
+) -> Any:
+    """Return the gradients of `layer_norm`.
+
+    Parameters
+    ----------
+    dy, mask
+        As for `batch_norm_backward`.
+    x : array_like
+        The array that was normalized: with `residual`, the sum that the forward call returned; its gradient is that
+        of both summands.
+    normalized_shape, axis
+        Those of the forward call.
+    mean, rstd : array_like
+        What the forward call returned with `return_stats`.
+    weight : array_like, shape `normalized_shape`, optional
+        gamma.
+
+    Returns
+    -------
+    dx : ndarray, shape of `x`
+        Gradient of the input.
+    dweight, dbias : ndarray, shape `normalized_shape`
+        Gradients of weight and bias.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument does not fit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbanorm as nn
+    >>> x = np.array([[1.0, 2.0, 6.0]])
+    >>> y, mean, rstd = nn.layer_norm(x, 3, return_stats=True)
+    >>> dx, dweight, dbias = nn.layer_norm_backward(np.array([[1.0, 0.0, 0.0]]), x, 3, mean, rstd)
+    >>> np.round(dx, 4)
+    array([[ 0.1763, -0.2204,  0.0441]])
+    """
+    source = arrays.as_input(x, "x")
+    options = (1, None, normalized_axes(source.shape, normalized_shape, axis))
+    return _backward("layer", options, dy, x, source, mean, rstd, weight, mask)
+
+
+def rms_norm_backward(
+    dy: Any, x: Any, normalized_shape: Any, rstd: Any, weight: Any = None, *, axis: Any = None
+) -> Any:
+    """Return the gradients of `rms_norm`.
+
+    Parameters
+    ----------
+    dy, x, normalized_shape, weight, axis
+        As for `layer_norm_backward`.
+    rstd : array_like
+        What the forward call returned with `return_stats`.
+
+    Returns
+    -------
+    dx : ndarray, shape of `x`
+        Gradient of the input.
+    dweight : ndarray, shape `normalized_shape`
+        Gradient of the weight.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument does not fit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import numbanorm as nn
+    >>> x = np.array([[3.0, 4.0]])
+    >>> y, rstd = nn.rms_norm(x, 2, return_stats=True)
+    >>> dx, dweight = nn.rms_norm_backward(np.array([[1.0, 0.0]]), x, 2, rstd)
+    >>> np.round(dx, 4)
+    array([[ 0.181 , -0.1358]])
+    """
+    source = arrays.as_input(x, "x")
+    options = (1, None, normalized_axes(source.shape, normalized_shape, axis))
+    return _backward("rms", options, dy, x, source, None, rstd, weight, None)[:2]
+
+
+def _backward(
+    norm: str,
+    options: Options,
+    dy: Any,
+    x: Any,
+    source: np.ndarray,
+    mean: Any,
+    rstd: Any,
+    weight: Any,
+    mask: Any,
+    *,
+    fixed: bool = False,
+) -> tuple[Any, Any, Any]:
+    """Return dx, dweight, dbias; with `fixed` the statistics do not depend on x."""
+    shape = source.shape
+    dtype = arrays.result_dtype(source.dtype)
+    gradient = arrays.as_input(dy, "dy")
+    if gradient.shape != shape:
+        raise ValueError(f"dy: expected the shape of x, {shape}, got {gradient.shape}")
+    if gradient.dtype.name not in arrays.FLOATS:
+        raise TypeError(f"dy: expected a float dtype, got {gradient.dtype}")
+    gradient = gradient.astype(dtype, copy=False)
+    counted = None if mask is None or fixed else arrays.as_mask(mask, shape)
+    work = plan(
+        norm,
+        options,
+        shape,
+        (source.strides, source.itemsize),
+        (gradient.strides, gradient.itemsize),
+        None if counted is None else counted.strides,
+        separable=True,
+    )
+    layout = work.layout
+    lane = cpu.lane_dtype(source.dtype)
+    flat_weight = None if weight is None else _parameter(weight, "weight", layout, lane)
+    stats = np.zeros((4, layout.groups))
+    stats[cpu.RSTD] = _given_statistic(rstd, "rstd", layout)
+    if layout.centred:
+        stats[cpu.MEAN] = _given_statistic(mean, "mean", layout)
+    dx = arrays.fresh(work, dtype)
+    gradients = np.zeros((2, layout.size))
+    if work.size > 0:
+        flat_x = arrays.flat(source, work.x, work)
+        flat_mask = None if counted is None else arrays.flat(counted, work.mask, work)
+        if flat_mask is not None:
+            stats[cpu.COUNT] = cpu.statistics(work, flat_x, flat_mask)[cpu.COUNT]
+        elif not fixed:
+            stats[cpu.COUNT] = layout.count
+        flat_dy = arrays.flat(gradient, work.y, work)
+        gradients = cpu.backward(
+            work, flat_dy, flat_x, arrays.flat(dx, work.packed, work), flat_weight, stats, flat_mask
+        )
+    kind = lane if weight is None else arrays.as_array(weight, "weight").dtype
+    results = [dx]
+    for gradient_row in gradients:
+        values = gradient_row
+        if layout.affine_order is not None:
+            lengths_in_memory = [layout.affine_shape[a] for a in layout.affine_order]
+            values = values.reshape(lengths_in_memory).transpose(np.argsort(layout.affine_order))
+        results.append(values.reshape(layout.affine_shape).astype(kind))
+    back = None if type(x) is np.ndarray else arrays.way_back(x)
+    first, second, third = results if back is None else map(back, results)
+    return first, second, third
+
+
+def _given_statistic(value: Any, name: str, layout: Layout) -> np.ndarray:
+    """Return a statistic that the caller gave, in the order of memory of the input."""
+    array = arrays.as_array(value, name)
+    if array.shape != layout.stats_shape:
+        raise ValueError(f"{name}: expected shape {layout.stats_shape}, got {array.shape}")
+    if array.dtype.name not in arrays.FLOATS:
+        raise TypeError(f"{name}: expected a float dtype, got {array.dtype}")
+    if layout.stats_order is None:
+        return array.reshape(-1)
+    lengths_in_order = [layout.stats_lengths[a] for a in layout.stats_order]
+    return array.reshape(lengths_in_order).transpose(np.argsort(layout.stats_order)).reshape(-1)
+
+
 class Call:
     """One checked call: its arrays as the backend reads them, its plan, its output.
 

@@ -122,6 +122,7 @@ class Layout:
         num_groups: int | None = None,
         axis: tuple[int, ...] | None = None,
         order: tuple[int, ...] | None = None,
+        separable: bool = False,
     ) -> Layout:
         """Work out the layout of `norm` over `shape`.
 
@@ -141,6 +142,10 @@ class Layout:
             Axes from the slowest to the fastest in memory; C order if None. Where the maps cannot be read in this
             order, the layout comes with an `order` of its own in which they can.
 
+        separable : bool, optional
+            True: also take an order of its own where elements of one weight lie under different k1, so that gradients
+            of weights are not sums over K0 and the reduced axes alone.
+
         Raises
         ------
         ValueError
@@ -156,7 +161,7 @@ class Layout:
         asked = tuple(range(len(shape))) if order is None else order
         memory = sorted(axes, key=lambda a: asked.index(a.axis))
         maps = _maps(memory)
-        if maps is None:
+        if maps is None or (separable and not _separable(*maps)):
             # Kept before reduced and weighted axes side by side: in this order both maps always read.
             memory = sorted(axes, key=lambda a: (a.reduced, a.affine != a.reduced))
             asked = tuple(dict.fromkeys(a.axis for a in memory))
@@ -290,11 +295,17 @@ def _maps(memory: list[_Axis]) -> tuple[tuple[int, int, int, int], int, int] | N
         return None
     weighted = [i for i, a in enumerate(axes) if a.affine]
     if not weighted:
-        return view, 1, 1
+        return view, max(prod(lengths), 1), 1
     first, last = weighted[0], weighted[-1]
     if last - first + 1 != len(weighted):
         return None
     return view, prod(a.length for a in axes[last + 1 :]), prod(axes[i].length for i in weighted)
+
+
+def _separable(view: tuple[int, int, int, int], inner: int, size: int) -> bool:
+    """Tell whether a weight's elements all lie under one k1, or its index is that of R0."""
+    _, r0, k1, r1 = view
+    return size == 1 or inner * size == k1 * r1 or (r1 == 1 and inner == k1 and size == r0)
 
 
 def _permutation(source: list[_Axis], target: list[_Axis]) -> tuple[int, ...] | None:

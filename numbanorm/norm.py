@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
 from . import arrays
 from .functional import (
     batch_norm,
+    batch_norm_backward,
     check_eps,
     group_norm,
+    group_norm_backward,
     instance_norm,
+    instance_norm_backward,
     integer,
     layer_norm,
+    layer_norm_backward,
     lengths,
     normalized_axes,
     positive,
     rms_norm,
+    rms_norm_backward,
 )
 from .layout import Layout
 
@@ -33,6 +38,20 @@ class _Dispatch(type):
         if kind not in KINDS:
             raise ValueError(f"kind: expected one of {', '.join(map(repr, KINDS))}, got {kind!r}")
         return KINDS[kind](*args[1:], **kwargs)
+
+
+class _Last(NamedTuple):
+    """What backward needs of the last call in training mode."""
+
+    x: Any  # what was normalized, not copied
+    mean: Any
+    rstd: Any
+    mask: Any
+    overwritten: bool
+
+
+def _share_memory(a: Any, b: Any) -> bool:
+    return bool(np.may_share_memory(arrays.as_array(a, "out"), arrays.as_array(b, "x")))
 
 
 class Norm(metaclass=_Dispatch):
@@ -53,6 +72,8 @@ class Norm(metaclass=_Dispatch):
         Running statistics of the channels, where they are tracked.
     num_batches_tracked : int or None
         Training calls that have updated them.
+    grad : dict of str to ndarray
+        Gradients of weight and bias, as the last `backward` left them.
     training : bool
         The mode, set by `train` and `eval`. Only norms that track running statistics behave differently.
 
@@ -77,6 +98,8 @@ class Norm(metaclass=_Dispatch):
         self.bias = np.zeros(shape, np.float32) if affine and bias else None
         self.running_mean = self.running_var = self.num_batches_tracked = None
         self.training = True
+        self.grad: dict[str, Any] = {}
+        self._last: _Last | None = None
 
     def __call__(self, x: Any, *, mask: Any = None, residual: Any = None, out: Any = None) -> Any:
         """Normalize `x`.
@@ -104,7 +127,67 @@ class Norm(metaclass=_Dispatch):
         """
         if residual is not None and not self._takes_residual:
             raise TypeError(f"residual: expected None, {type(self).__name__} takes none")
-        return self._run(x, mask, residual, out)
+        if not self.training:
+            return self._run(x, mask, residual, out, False)
+        y, *rest = self._run(x, mask, residual, out, True)
+        total = None if residual is None else rest.pop()
+        mean = rest[0] if len(rest) > 1 else None
+        overwritten = total is None and out is not None and _share_memory(out, x)
+        self._last = _Last(x if total is None else total, mean, rest[-1], mask, overwritten)
+        return y if total is None else (y, total)
+
+    def backward(self, dy: Any, dtotal: Any = None) -> Any:
+        """Return the input's gradient for the last call in training mode; fill `grad`.
+
+        The layer holds that call's input without a copy: it must not have changed since.
+
+        Parameters
+        ----------
+        dy : array_like, shape of the input
+            Gradient of the output.
+        dtotal : array_like, shape of the input, optional
+            After a call with `residual`: gradient of the sum that was returned.
+
+        Returns
+        -------
+        dx : ndarray, shape of the input
+            Gradient of the input, and of the residual where there was one.
+
+        Raises
+        ------
+        ValueError
+            If there was no call in training mode, or its input was overwritten by ``out=``.
+        TypeError, ValueError
+            If `dy` or `dtotal` do not fit; `grad` has not changed then.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import numbanorm as nn
+        >>> norm = nn.LayerNorm(3)
+        >>> y = norm(np.array([[1.0, 2.0, 6.0]]))
+        >>> np.round(norm.backward(np.array([[1.0, 0.0, 0.0]])), 4)
+        array([[ 0.1763, -0.2204,  0.0441]])
+        >>> norm.grad["bias"]
+        array([1., 0., 0.], dtype=float32)
+        """
+        last = self._last
+        if last is None:
+            raise ValueError("backward: expected a call in training mode before, got none")
+        if last.overwritten:
+            raise ValueError("backward: expected the input of the last training call, but out= has overwritten it")
+        dx, *gradients = self._gradients(dy, last)
+        if dtotal is not None:
+            added = arrays.as_input(dtotal, "dtotal")
+            if added.shape != np.shape(dx):
+                raise ValueError(f"dtotal: expected the shape of the input, {np.shape(dx)}, got {added.shape}")
+            dx = dx + dtotal
+        self.grad = {
+            name: gradient
+            for name, gradient in zip(("weight", "bias"), gradients, strict=False)
+            if getattr(self, name) is not None
+        }
+        return dx
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
         """Return which elements of an array of `shape` share statistics and weights.
@@ -118,7 +201,10 @@ class Norm(metaclass=_Dispatch):
 
     _takes_residual: ClassVar[bool] = False
 
-    def _run(self, x: Any, mask: Any, residual: Any, out: Any) -> Any:
+    def _run(self, x: Any, mask: Any, residual: Any, out: Any, return_stats: bool) -> Any:
+        raise TypeError(f"{type(self).__name__}: expected a norm of its own")
+
+    def _gradients(self, dy: Any, last: _Last) -> tuple[Any, ...]:
         raise TypeError(f"{type(self).__name__}: expected a norm of its own")
 
     def _layout(self, shape: tuple[int, ...]) -> Layout:
@@ -252,7 +338,7 @@ class _Channelwise(Norm):
             raise ValueError(f"x: expected {channels}, got shape {shape}")
         return layout
 
-    def _run(self, x: Any, mask: Any, residual: Any, out: Any) -> Any:
+    def _run(self, x: Any, mask: Any, residual: Any, out: Any, return_stats: bool) -> Any:
         source = arrays.as_input(x, "x")
         self._layout(source.shape)
         tracked = self.num_batches_tracked
@@ -263,7 +349,7 @@ class _Channelwise(Norm):
             momentum = 1.0 / (tracked + 1) if self.momentum is None else self.momentum  # type: ignore[operator]
         mean, var = (self.running_mean, self.running_var) if update or not from_input else (None, None)
         function = batch_norm if self.kind == "batch" else instance_norm
-        y = function(
+        result = function(
             x,
             mean,
             var,
@@ -275,10 +361,19 @@ class _Channelwise(Norm):
             channel_axis=self.channel_axis,
             mask=mask,
             out=out,
+            return_stats=return_stats,
         )
         if update and source.size > 0 and (mask is None or np.any(mask)):
             self.num_batches_tracked = tracked + 1  # type: ignore[operator]
-        return y
+        return result
+
+    def _gradients(self, dy: Any, last: _Last) -> tuple[Any, ...]:
+        function = batch_norm_backward if self.kind == "batch" else instance_norm_backward
+        axis = self.channel_axis
+        gradients: tuple[Any, ...] = function(
+            dy, last.x, last.mean, last.rstd, self.weight, channel_axis=axis, mask=last.mask
+        )
+        return gradients
 
     def _arguments(self) -> list[str]:
         parts = [*super()._arguments(), f"momentum={self.momentum}"]
@@ -424,7 +519,7 @@ class GroupNorm(Norm):
             raise ValueError(f"x: expected {channels}, got shape {shape}")
         return layout
 
-    def _run(self, x: Any, mask: Any, residual: Any, out: Any) -> Any:
+    def _run(self, x: Any, mask: Any, residual: Any, out: Any, return_stats: bool) -> Any:
         self._layout(arrays.as_input(x, "x").shape)
         return group_norm(
             x,
@@ -435,7 +530,16 @@ class GroupNorm(Norm):
             channel_axis=self.channel_axis,
             mask=mask,
             out=out,
+            return_stats=return_stats,
         )
+
+    def _gradients(self, dy: Any, last: _Last) -> tuple[Any, ...]:
+        x, mean, rstd, mask, _ = last
+        axis = self.channel_axis
+        gradients: tuple[Any, ...] = group_norm_backward(
+            dy, x, self.num_groups, mean, rstd, self.weight, channel_axis=axis, mask=mask
+        )
+        return gradients
 
     def _arguments(self) -> list[str]:
         parts = [str(self.num_groups), *super()._arguments()]
@@ -477,8 +581,23 @@ class LayerNorm(Norm):
     def _layout(self, shape: tuple[int, ...]) -> Layout:
         return Layout.of(self.kind, shape, axis=normalized_axes(shape, self._shape, None))
 
-    def _run(self, x: Any, mask: Any, residual: Any, out: Any) -> Any:
-        return layer_norm(x, self._shape, self.weight, self.bias, self.eps, mask=mask, residual=residual, out=out)
+    def _run(self, x: Any, mask: Any, residual: Any, out: Any, return_stats: bool) -> Any:
+        return layer_norm(
+            x,
+            self._shape,
+            self.weight,
+            self.bias,
+            self.eps,
+            mask=mask,
+            residual=residual,
+            out=out,
+            return_stats=return_stats,
+        )
+
+    def _gradients(self, dy: Any, last: _Last) -> tuple[Any, ...]:
+        x, mean, rstd, mask, _ = last
+        gradients: tuple[Any, ...] = layer_norm_backward(dy, x, self._shape, mean, rstd, self.weight, mask=mask)
+        return gradients
 
 
 class RMSNorm(Norm):
@@ -511,10 +630,15 @@ class RMSNorm(Norm):
     def _layout(self, shape: tuple[int, ...]) -> Layout:
         return Layout.of(self.kind, shape, axis=normalized_axes(shape, self._shape, None))
 
-    def _run(self, x: Any, mask: Any, residual: Any, out: Any) -> Any:
+    def _run(self, x: Any, mask: Any, residual: Any, out: Any, return_stats: bool) -> Any:
         if mask is not None:
             raise TypeError("mask: expected None, RMSNorm takes none")
-        return rms_norm(x, self._shape, self.weight, self.eps, residual=residual, out=out)
+        options = {"residual": residual, "out": out, "return_stats": return_stats}
+        return rms_norm(x, self._shape, self.weight, self.eps, **options)
+
+    def _gradients(self, dy: Any, last: _Last) -> tuple[Any, ...]:
+        gradients: tuple[Any, ...] = rms_norm_backward(dy, last.x, self._shape, last.rstd, self.weight)
+        return gradients
 
 
 KINDS: dict[str, type[Norm]] = {norm.kind: norm for norm in (BatchNorm, LayerNorm, InstanceNorm, GroupNorm, RMSNorm)}

@@ -78,6 +78,7 @@ def plan(
     x: tuple[tuple[int, ...], int],
     y: tuple[tuple[int, ...], int] | None = None,
     mask: tuple[int, ...] | None = None,
+    separable: bool = False,
 ) -> Plan:
     """Plan one call.
 
@@ -93,10 +94,19 @@ def plan(
         Strides in bytes and item size of the input, and of the output where the caller gave one.
     mask : tuple of int, optional
         Strides in bytes of the mask, broadcast to `shape`.
+    separable : bool, optional
+        As `Layout.of` takes it; backward needs it.
     """
     channel_axis, num_groups, axis = options
-    order = memory_order(shape, *x)
-    layout = Layout.of(norm, shape, channel_axis=channel_axis, num_groups=num_groups, axis=axis, order=order)
+    layout = Layout.of(
+        norm,
+        shape,
+        channel_axis=channel_axis,
+        num_groups=num_groups,
+        axis=axis,
+        order=memory_order(shape, *x),
+        separable=separable,
+    )
     _, r0, k1, r1 = layout.view
     columns = r1 < SHORT_RUN and k1 > 1 and (r0 > 1 or r1 == 1)
     reordered = tuple(shape[a] for a in layout.order)

@@ -8,17 +8,20 @@ from typing import Any
 import numpy as np
 
 from ..plan import Plan
-from . import columns, rows
+from . import columns, columns_backward, rows, rows_backward
 from .dtypes import NARROW, kernel_view
 from .jit import Kernel
-from .launch import geometry
+from .launch import CHUNK, TABLE_BYTES, geometry
 from .threads import launch_lock, usable_threads
 from .welford import COUNT, M2, MEAN, RSTD
 
-__all__ = ["COUNT", "M2", "MEAN", "RSTD", "apply", "forward", "lane_dtype", "statistics"]
+__all__ = ["COUNT", "M2", "MEAN", "RSTD", "apply", "backward", "forward", "lane_dtype", "statistics"]
 
 PARALLEL_FROM = 1 << 17
 """Elements from which a parallel launch pays: 128 Ki float32 take about 60 us on one thread, a launch 2 to 10 us."""
+
+MAX_SLABS = 64
+"""Slabs of samples with gradients of weights of their own: enough for 64 threads."""
 
 
 def lane_dtype(dtype: np.dtype[Any]) -> type[np.floating[Any]]:
@@ -110,6 +113,94 @@ def apply(
     weight, bias = _affine(plan.layout.size, lane_dtype(x.dtype), weight, bias)
     kernel = columns.apply if plan.columns else rows.apply
     _run(kernel, _threads(plan), kernel_view(x), kernel_view(y), weight, bias, stats, geo)
+
+
+def backward(
+    plan: Plan,
+    dy: np.ndarray,
+    x: np.ndarray,
+    dx: np.ndarray,
+    weight: np.ndarray | None,
+    stats: np.ndarray,
+    mask: np.ndarray | None = None,
+) -> np.ndarray:
+    """Write dx and return the gradients of weight and bias.
+
+    Parameters
+    ----------
+    plan : Plan
+        How the arrays lie in memory; ``plan.y`` places `dy`. Its layout is separable.
+    dy, x : np.ndarray
+        Flat spans of the output's gradient and of the input.
+    dx : np.ndarray
+        Packed array for the input's gradient.
+    weight : np.ndarray or None
+        Flat, in the lane dtype.
+    stats : np.ndarray
+        As `forward` returns them; count 0 where the statistics do not depend on `x`.
+    mask : np.ndarray, optional
+        Flat span of bool: where True, the element counted.
+
+    Returns
+    -------
+    np.ndarray, shape (2, size), float64
+        dweight and dbias.
+    """
+    layout = plan.layout
+    geo = geometry(plan, True)
+    weight = _constant(layout.size, lane_dtype(x.dtype), 1) if weight is None else weight
+    dy, x, dx = kernel_view(dy), kernel_view(x), kernel_view(dx)
+    threads = _threads(plan)
+    k0, _, k1, r1 = layout.view
+    if plan.columns:
+        by_row = layout.inner % int(geo[0]["lanes"]) == 0
+        tiles = _units(geo) // k0
+        if threads > 1 and not by_row and k0 == 1 and tiles < threads:
+            chunks = int(geo[0]["chunks"])
+            table = np.zeros((tiles, chunks, 2, int(geo[0]["tile"])))
+            total = np.zeros((2, layout.size))
+            _run(columns_backward.chunk_sums, threads, dy, x, weight, stats, table, geo)
+            _run(columns_backward.emit, threads, dy, x, dx, mask, weight, stats, table, total, geo, layout.centred)
+            return total
+        items, own = (k0 * tiles, 1) if by_row else (k0, tiles)
+        gradients = np.zeros((_slabs(items, own, layout.size), 2, layout.size))
+        _run(columns_backward.backward, threads, dy, x, dx, mask, weight, stats, gradients, geo, layout.centred)
+        return _sum_slabs(gradients)
+    along = layout.inner == 1
+    long = along and layout.groups == k0 and layout.count == r1 > CHUNK
+    one_channel = k0 == 1 and not along and layout.size == k1
+    if long or (one_channel and threads > 1 and k1 < threads):
+        table = np.empty((layout.groups, int(geo[0]["chunks"]), 2))
+        sums = np.empty((2, layout.groups))
+        # A group of one channel is summed without its weight: these sums are the gradients too.
+        factor = weight if long else _constant(layout.size, lane_dtype(x.dtype), 1)
+        _run(rows_backward.chunk_sums, threads, dy, x, factor, stats, table, geo)
+        _run(rows_backward.merge_sums, 1, table, sums)
+        if long:
+            gradients = np.zeros((1, 2, layout.size))
+            _run(
+                rows_backward.emit_lanes, threads, dy, x, dx, mask, weight, stats, sums, gradients, geo, layout.centred
+            )
+            return _sum_slabs(gradients)
+        weighted = sums * weight
+        _run(rows_backward.emit, threads, dy, x, dx, mask, weight, stats, weighted, geo, layout.centred)
+        return sums[::-1].copy()
+    gradients = np.zeros((_slabs(k0, k1, layout.size), 2, layout.size))
+    _run(rows_backward.backward, threads, dy, x, dx, mask, weight, stats, gradients, geo, layout.centred)
+    return _sum_slabs(gradients)
+
+
+def _sum_slabs(gradients: np.ndarray) -> np.ndarray:
+    """Add the slabs in order."""
+    total: np.ndarray = gradients[0]
+    for slab in gradients[1:]:
+        total += slab
+    return total
+
+
+def _slabs(items: int, own: int, size: int) -> int:
+    """Return into how many slabs, from the shape alone, a backward cuts `items` of work on `own` sets of weights."""
+    return max(1, min(items, MAX_SLABS // own, TABLE_BYTES // (16 * size)))
 
 
 def _split_statistics(

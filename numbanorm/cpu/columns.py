@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from .dtypes import deviation, lane, load, store
-from .jit import Kernel, lanes, scalar
+from .dtypes import deviation, lane, load, split_deviation, store
+from .jit import Kernel, elementwise, lanes, scalar
 from .rows import FLOAT32_SAFE
 from .welford import COUNT, HUGE, M2, MEAN, POOR, PREFIX, RSTD, TINY, merge, rstd_of
 
@@ -27,7 +27,7 @@ BLOCK_ROWS = 128
 _SHIFT, _SUM, _SQUARES, _SEEN = 0, TILE, 2 * TILE, 3 * TILE
 _HI, _LO, _SCALE, _BIAS = 0, TILE, 2 * TILE, 3 * TILE
 _N, _MEAN, _M2 = 0, TILE, 2 * TILE
-_BLOCK, _CHUNK, _TOTAL = 0, 3 * TILE, 6 * TILE  # moments of a block, of a chunk, of all chunks
+_BLOCK, _CHUNK, _TOTAL, _EXACT = 0, 3 * TILE, 6 * TILE, 9 * TILE  # of a block, of a chunk, of all, of a second look
 
 
 @lanes
@@ -87,7 +87,9 @@ def _block_moments(sums, moments, x, start, stride, rows, width, mask, mask_star
         block_q = np.float64(q[i])
         offset = block_s / max(n, 1.0) if centred else 0.0
         trusted = (block_q > TINY) & (block_q < HUGE) & (block_s * offset <= POOR * block_q)
-        bad += 0 if trusted | (n == 0.0) else 1
+        good = trusted | (n == 0.0)
+        bad += 0 if good else 1
+        seen[i] = one if good else zero  # from here on: whether the lane's moments stand
         moments[_BLOCK + _N + i] = n
         moments[_BLOCK + _MEAN + i] = np.float64(shift[i]) + offset
         moments[_BLOCK + _M2 + i] = block_q - block_s * offset
@@ -95,11 +97,14 @@ def _block_moments(sums, moments, x, start, stride, rows, width, mask, mask_star
 
 
 @lanes
-def _exact_moments(moments, x, start, stride, rows, width, mask, mask_start, mask_stride, mask_step, centred):
-    """Take a block's means and M2 again in float64, in two sweeps; its counts are known."""
+def _exact_moments(sums, moments, x, start, stride, rows, width, mask, mask_start, mask_stride, mask_step, centred):
+    """Take the means and M2 of a block's lanes that cannot be trusted again, in float64 and two sweeps.
+
+    All lanes are swept, and the others keep what they have: no lane's bits depend on its neighbours.
+    """
     n = moments[_BLOCK + _N : _BLOCK + _N + width]
-    mean = moments[_BLOCK + _MEAN : _BLOCK + _MEAN + width]
-    m2 = moments[_BLOCK + _M2 : _BLOCK + _M2 + width]
+    mean = moments[_EXACT + _MEAN : _EXACT + _MEAN + width]
+    m2 = moments[_EXACT + _M2 : _EXACT + _M2 + width]
     for i in range(width):
         mean[i] = 0.0
         m2[i] = 0.0
@@ -118,6 +123,10 @@ def _exact_moments(moments, x, start, stride, rows, width, mask, mask_start, mas
             for i in range(width):
                 mean[i] = m2[i] / max(n[i], 1.0)
                 m2[i] = 0.0
+    for i in range(width):
+        if sums[_SEEN + i] == 0:
+            moments[_BLOCK + _MEAN + i] = mean[i]
+            moments[_BLOCK + _M2 + i] = m2[i]
 
 
 @scalar
@@ -169,7 +178,7 @@ def _chunk_moments(moments, sums, x, mask, g, k0, first, width, chunk, centred):
         mask_at = mask_start + r * g.mask_R0
         bad = _block_moments(sums, moments, x, x_at, g.x_R0, rows, wide, mask, mask_at, g.mask_R0, g.mask_R1, centred)
         if bad > 0:
-            _exact_moments(moments, x, x_at, g.x_R0, rows, wide, mask, mask_at, g.mask_R0, g.mask_R1, centred)
+            _exact_moments(sums, moments, x, x_at, g.x_R0, rows, wide, mask, mask_at, g.mask_R0, g.mask_R1, centred)
         _merge_lanes(moments, _CHUNK, _BLOCK, wide)
         if centred:
             for i in range(wide):
@@ -203,17 +212,21 @@ def _close_groups(moments, g, k0, first, width, stats, eps):
         stats[RSTD, group] = rstd_of(stats[COUNT, group], stats[M2, group], eps)
 
 
-@scalar
+@elementwise
 def _write_tile(x, y, weight, bias, stats, g, k0, first, width, chunk_start, chunk_stop):
-    """Normalize chunks of rows of a tile, in lanes; in float64, one by one, where float32 cannot hold a lane's rstd."""
+    """Normalize chunks of rows of a tile, in lanes; in float64 the lanes whose rstd float32 cannot hold."""
     by_row = g.inner % g.lanes == 0
     params = np.empty(4 * TILE, weight.dtype)
-    safe = True
+    unsafe = np.empty(TILE, np.int64)
+    exact = np.empty(TILE, np.float64)
+    unsafe_count = 0
     for i in range(width):
         group = k0 * g.K1 + (first + i) // g.R1 % g.K1
         mean = stats[MEAN, group]
         rstd = stats[RSTD, group]
-        safe &= (rstd > 1.0 / FLOAT32_SAFE) & (rstd < FLOAT32_SAFE)
+        if not 1.0 / FLOAT32_SAFE < rstd < FLOAT32_SAFE:
+            unsafe[unsafe_count] = i
+            unsafe_count += 1
         hi = lane(x, mean)
         channel = 0 if by_row else (first + i) // g.inner % g.size
         params[_HI + i] = hi
@@ -232,19 +245,22 @@ def _write_tile(x, y, weight, bias, stats, g, k0, first, width, chunk_start, chu
             row_bias = bias[channel]
         x_at = g.x_start + k0 * g.x_K0 + r * g.x_R0 + first
         y_at = g.y_start + k0 * g.y_K0 + r * g.y_R0 + first
-        if safe:
-            a = x[x_at : x_at + wide]
-            b = y[y_at : y_at + wide]
-            for i in range(wide):
-                centred = deviation(a, i, params[_HI + i]) - params[_LO + i]
-                store(b, i, centred * params[_SCALE + i] * row_weight + (params[_BIAS + i] + row_bias))
-        else:
-            for i in range(wide):
-                group = k0 * g.K1 + (first + i) // g.R1 % g.K1
-                channel = (first + i) // g.inner % g.size
-                w = row_weight if by_row else weight[channel]
-                z = row_bias if by_row else bias[channel]
-                store(y, y_at + i, deviation(x, x_at + i, stats[MEAN, group]) * stats[RSTD, group] * w + z)
+        for u in range(unsafe_count):  # before the row is written: x and y may be one array
+            i = unsafe[u]
+            group = k0 * g.K1 + (first + i) // g.R1 % g.K1
+            if i < wide:
+                exact[u] = deviation(x, x_at + i, stats[MEAN, group]) * stats[RSTD, group]
+        a = x[x_at : x_at + wide]
+        b = y[y_at : y_at + wide]
+        for i in range(wide):
+            d = split_deviation(a, i, params[_HI + i], params[_LO + i])
+            store(b, i, d * params[_SCALE + i] * row_weight + (params[_BIAS + i] + row_bias))
+        for u in range(unsafe_count):
+            i = unsafe[u]
+            channel = (first + i) // g.inner % g.size
+            w = row_weight if by_row else weight[channel]
+            if i < wide:
+                store(b, i, exact[u] * w + (params[_BIAS + i] + row_bias))
 
 
 @scalar
@@ -256,7 +272,7 @@ def _forward_tile(unit, x, y, mask, weight, bias, stats, geometry, eps, centred)
     first = unit % tiles * g.tile
     width = min(g.tile, g.lanes - first)
     sums = np.empty(4 * TILE, weight.dtype)
-    moments = np.zeros(9 * TILE)
+    moments = np.zeros(12 * TILE)
     for chunk in range(g.chunks):
         _chunk_moments(moments, sums, x, mask, g, k0, first, width, chunk, centred)
         _merge_lanes(moments, _TOTAL, _CHUNK, width)
@@ -281,7 +297,7 @@ def _store_chunk(unit, x, mask, weight, table, geometry, centred):
     first = tile % tiles * g.tile
     width = min(g.tile, g.lanes - first)
     sums = np.empty(4 * TILE, weight.dtype)
-    scratch = np.empty(9 * TILE)
+    scratch = np.empty(12 * TILE)
     _chunk_moments(scratch, sums, x, mask, g, tile // tiles, first, width, chunk, centred)
     for row in range(3):
         for i in range(width):
@@ -301,7 +317,7 @@ def _merge_tile(tile, table, stats, geometry, eps):
     tiles = -(-g.lanes // g.tile)
     first = tile % tiles * g.tile
     width = min(g.tile, g.lanes - first)
-    scratch = np.zeros(9 * TILE)
+    scratch = np.zeros(12 * TILE)
     for chunk in range(g.chunks):
         for row in range(3):
             for i in range(width):

@@ -23,6 +23,9 @@ SCALAR_OPTIONS: dict[str, Any] = _OPTIONS | {"fastmath": False}
 lanes = njit(**LANE_OPTIONS)
 """Decorates a loop over elements: its sums may be reordered into vector lanes."""
 
+elementwise = njit(**_OPTIONS, fastmath={"contract"})
+"""Decorates a loop that writes each element by itself: products and sums may fuse, nothing is reordered."""
+
 scalar = njit(**SCALAR_OPTIONS)
 """Decorates float64 bookkeeping (merges, roots): its sums stay in the order in which they are written."""
 

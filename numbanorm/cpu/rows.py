@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from .dtypes import deviation, lane, load, store
-from .jit import Kernel, lanes, scalar
+from .dtypes import deviation, lane, load, split_deviation, store
+from .jit import Kernel, elementwise, lanes, scalar
 from .welford import BLOCK, COUNT, M2, MEAN, PREFIX, RSTD, merge, rstd_of, settle
 
 FLOAT32_SAFE = 1e30
@@ -103,7 +103,7 @@ def _chunk_moments(x, mask, g, k0, k1, chunk, centred):
     return count, mean, m2
 
 
-@scalar
+@elementwise
 def _normalize(x, y, weight, bias, g, k0, r0, k1, j, width, mean, rstd):
     """Write `width` elements of one run, with the mean in two lanes, stretch by stretch of the affine map."""
     x_start = g.x_start + k0 * g.x_K0 + r0 * g.x_R0 + k1 * g.x_K1 + j
@@ -127,7 +127,7 @@ def _normalize(x, y, weight, bias, g, k0, r0, k1, j, width, mean, rstd):
             w = weight[channel : channel + n]
             z = bias[channel : channel + n]
             for i in range(n):
-                store(b, i, (deviation(a, i, hi) - lo) * scale * w[i] + z[i])
+                store(b, i, split_deviation(a, i, hi, lo) * scale * w[i] + z[i])
         else:
             n = min(width - done, g.inner - (flat + done) % g.inner)
             a = x[x_start + done : x_start + done + n]
@@ -135,7 +135,7 @@ def _normalize(x, y, weight, bias, g, k0, r0, k1, j, width, mean, rstd):
             weighted = scale * weight[channel]
             shift = bias[channel]
             for i in range(n):
-                store(b, i, (deviation(a, i, hi) - lo) * weighted + shift)
+                store(b, i, split_deviation(a, i, hi, lo) * weighted + shift)
         done += n
 
 

@@ -1,0 +1,238 @@
+"""Backward of the columns kernel: the formulas of `rows_backward`, with lanes along the contiguous axis.
+
+Every lane keeps its two sums; lanes of one group merge, then dx is written row by row. Gradients of weights that lie
+along the lanes come from the lanes' sums, those of weights that lie along the rows from sums over each row.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from .columns import TILE
+from .dtypes import lane, load, split_deviation, store
+from .jit import Kernel, elementwise, lanes, scalar
+from .welford import COUNT, MEAN, RSTD
+
+FLUSH_ROWS = 64
+"""Rows whose products are added in float32 before they go to a lane's float64 sums."""
+
+# One scratch array with constant offsets, as in `columns`.
+_HI, _LO, _SCALE, _GAIN, _MEAN_G, _MEAN_GH, _A, _B = (i * TILE for i in range(8))
+
+
+@scalar
+def _spread(scratch, x, weight, stats, g, k0, first, width, by_row):
+    """Give every lane of a tile its mean (in two parts), rstd and weight."""
+    for i in range(width):
+        group = k0 * g.K1 + (first + i) // g.R1 % g.K1
+        mean = stats[MEAN, group]
+        hi = lane(x, mean)
+        scratch[_HI + i] = hi
+        scratch[_LO + i] = mean - np.float64(hi)
+        scratch[_SCALE + i] = stats[RSTD, group]
+        scratch[_GAIN + i] = 1.0 if by_row else weight[(first + i) // g.inner % g.size]
+
+
+@lanes
+def _chunk_sums(sums, scratch, dy, x, weight, gradients, g, k0, first, width, chunk, by_row):
+    """Sum one chunk of rows in each lane: dy and dy * h, weighted where weights lie along the rows.
+
+    `sums` holds the first sum of every lane, then (from TILE on) the second.
+    """
+    for i in range(2 * TILE):
+        sums[i] = 0.0
+    zero = lane(x, 0.0)
+    r_start = chunk * g.chunk_rows
+    r_stop = min(r_start + g.chunk_rows, g.rows)
+    tail = min(max(g.tail - first, 0), width) if chunk == g.chunks - 1 else 0
+    rows = r_stop - r_start + (1 if tail > 0 else 0)
+    for block in range(0, rows, FLUSH_ROWS):
+        for i in range(width):
+            scratch[_A + i] = zero
+            scratch[_B + i] = zero
+        for r in range(r_start + block, r_start + min(block + FLUSH_ROWS, rows)):
+            wide = tail if r == r_stop else width
+            x_at = g.x_start + k0 * g.x_K0 + r * g.x_R0 + first
+            dy_at = g.y_start + k0 * g.y_K0 + r * g.y_R0 + first
+            xs = x[x_at : x_at + wide]
+            ds = dy[dy_at : dy_at + wide]
+            if by_row:
+                channel = (k0 * g.rows + r) * g.lanes // g.inner % g.size
+                w = weight[channel]
+                a = b = zero
+                for i in range(wide):
+                    d = load(ds, i)
+                    a += d
+                    b += d * (split_deviation(xs, i, scratch[_HI + i], scratch[_LO + i]) * scratch[_SCALE + i])
+                gradients[0, channel] += b
+                gradients[1, channel] += a
+                for i in range(wide):
+                    d = load(ds, i) * w
+                    h = split_deviation(xs, i, scratch[_HI + i], scratch[_LO + i]) * scratch[_SCALE + i]
+                    scratch[_A + i] += d
+                    scratch[_B + i] += d * h
+            else:
+                for i in range(wide):
+                    d = load(ds, i)
+                    h = split_deviation(xs, i, scratch[_HI + i], scratch[_LO + i]) * scratch[_SCALE + i]
+                    scratch[_A + i] += d
+                    scratch[_B + i] += d * h
+        for i in range(width):
+            sums[i] += scratch[_A + i]
+            sums[TILE + i] += scratch[_B + i]
+
+
+@scalar
+def _close_groups(total, groups, scratch, weight, stats, gradients, g, k0, first, width, by_row, centred):
+    """Merge the lanes' sums into groups and channels, and give every lane its group's means of g and g * h."""
+    base = first // g.R1
+    for i in range(width):
+        group = (first + i) // g.R1 % g.K1 - base
+        groups[group] = 0.0
+        groups[TILE + group] = 0.0
+    for i in range(width):
+        group = (first + i) // g.R1 % g.K1 - base
+        w = 1.0
+        if not by_row:
+            channel = (first + i) // g.inner % g.size
+            w = weight[channel]
+            gradients[0, channel] += total[TILE + i]
+            gradients[1, channel] += total[i]
+        groups[group] += w * total[i]
+        groups[TILE + group] += w * total[TILE + i]
+    for i in range(width):
+        group = (first + i) // g.R1 % g.K1
+        count = stats[COUNT, k0 * g.K1 + group]
+        # Where nothing counts, as in inference, the statistics do not depend on x.
+        share = 1.0 / count if count > 0.0 else 0.0
+        scratch[_MEAN_G + i] = groups[group - base] * share if centred else 0.0
+        scratch[_MEAN_GH + i] = groups[TILE + group - base] * share
+
+
+@elementwise
+def _emit_chunk(scratch, dy, x, dx, mask, weight, g, k0, first, width, chunk, by_row):
+    """Write dx of one chunk of rows of a tile."""
+    zero = lane(x, 0.0)
+    one = lane(x, 1.0)
+    r_start = chunk * g.chunk_rows
+    r_stop = min(r_start + g.chunk_rows, g.rows)
+    tail = min(max(g.tail - first, 0), width) if chunk == g.chunks - 1 else 0
+    packed = g.lanes * g.rows + g.tail
+    for r in range(r_start, r_stop + (1 if tail > 0 else 0)):
+        wide = tail if r == r_stop else width
+        x_at = g.x_start + k0 * g.x_K0 + r * g.x_R0 + first
+        dy_at = g.y_start + k0 * g.y_K0 + r * g.y_R0 + first
+        dx_at = k0 * packed + r * g.lanes + first
+        mask_at = g.mask_start + k0 * g.mask_K0 + r * g.mask_R0 + first * g.mask_R1
+        xs = x[x_at : x_at + wide]
+        ds = dy[dy_at : dy_at + wide]
+        out = dx[dx_at : dx_at + wide]
+        w = one
+        if by_row:
+            w = weight[(k0 * g.rows + r) * g.lanes // g.inner % g.size]
+        if mask is not None and g.mask_R1 != 0:
+            m = mask[mask_at : mask_at + wide]
+            for i in range(wide):
+                h = split_deviation(xs, i, scratch[_HI + i], scratch[_LO + i]) * scratch[_SCALE + i]
+                c = scratch[_MEAN_G + i] + h * scratch[_MEAN_GH + i] if m[i] else zero
+                store(out, i, (load(ds, i) * w * scratch[_GAIN + i] - c) * scratch[_SCALE + i])
+        else:
+            counts = one if mask is None or mask[mask_at] else zero
+            for i in range(wide):
+                h = split_deviation(xs, i, scratch[_HI + i], scratch[_LO + i]) * scratch[_SCALE + i]
+                c = (scratch[_MEAN_G + i] + h * scratch[_MEAN_GH + i]) * counts
+                store(out, i, (load(ds, i) * w * scratch[_GAIN + i] - c) * scratch[_SCALE + i])
+
+
+@scalar
+def _backward_tile(dy, x, dx, mask, weight, stats, gradients, g, k0, first, width, by_row, centred):
+    """Take one tile: sums over its rows, then dx."""
+    scratch = np.empty(8 * TILE, weight.dtype)
+    sums = np.empty(2 * TILE)
+    total = np.zeros(2 * TILE)
+    _spread(scratch, x, weight, stats, g, k0, first, width, by_row)
+    for chunk in range(g.chunks):
+        _chunk_sums(sums, scratch, dy, x, weight, gradients, g, k0, first, width, chunk, by_row)
+        for i in range(2 * TILE):
+            total[i] += sums[i]
+    _close_groups(total, sums, scratch, weight, stats, gradients, g, k0, first, width, by_row, centred)
+    for chunk in range(g.chunks):
+        _emit_chunk(scratch, dy, x, dx, mask, weight, g, k0, first, width, chunk, by_row)
+
+
+@scalar
+def _backward_unit(unit, dy, x, dx, mask, weight, stats, gradients, geometry, centred):
+    """Take one slab: the samples of one tile, or, where weights lie along the rows, some tiles of all samples."""
+    g = geometry[0]
+    tiles = -(-g.lanes // g.tile)
+    by_row = g.inner % g.lanes == 0
+    slabs = gradients.shape[0]
+    own = 1 if by_row else tiles  # tiles with weights of their own: they may share a slab's gradients
+    slab = unit // own
+    items = g.K0 * tiles // own
+    for item in range(slab * items // slabs, (slab + 1) * items // slabs):
+        k0 = item // tiles if by_row else item
+        first = (item if by_row else unit) % tiles * g.tile
+        width = min(g.tile, g.lanes - first)
+        _backward_tile(dy, x, dx, mask, weight, stats, gradients[slab], g, k0, first, width, by_row, centred)
+
+
+@Kernel
+def backward(dy, x, dx, mask, weight, stats, gradients, geometry, centred):
+    """Write dx, and add to `gradients`, shape (slabs, 2, size), dweight and dbias of each slab."""
+    g = geometry[0]
+    tiles = 1 if g.inner % g.lanes == 0 else -(-g.lanes // g.tile)
+    for unit in prange(gradients.shape[0] * tiles):
+        _backward_unit(unit, dy, x, dx, mask, weight, stats, gradients, geometry, centred)
+
+
+@scalar
+def _sum_unit(unit, dy, x, weight, stats, table, geometry):
+    g = geometry[0]
+    tile = unit // g.chunks
+    chunk = unit % g.chunks
+    first = tile * g.tile
+    width = min(g.tile, g.lanes - first)
+    scratch = np.empty(8 * TILE, weight.dtype)
+    sums = np.empty(2 * TILE)
+    _spread(scratch, x, weight, stats, g, 0, first, width, False)
+    _chunk_sums(sums, scratch, dy, x, weight, table[0, 0], g, 0, first, width, chunk, False)
+    for i in range(width):
+        table[tile, chunk, 0, i] = sums[i]
+        table[tile, chunk, 1, i] = sums[TILE + i]
+
+
+@Kernel
+def chunk_sums(dy, x, weight, stats, table, geometry):
+    """Write the two sums of every lane of every chunk to `table`, shape (tiles, chunks, 2, tile); K0 is 1."""
+    for unit in prange(table.shape[0] * table.shape[1]):
+        _sum_unit(unit, dy, x, weight, stats, table, geometry)
+
+
+@scalar
+def _emit_unit(unit, dy, x, dx, mask, weight, stats, table, gradients, geometry, centred):
+    g = geometry[0]
+    tiles = table.shape[0]
+    tile = unit % tiles
+    first = tile * g.tile
+    width = min(g.tile, g.lanes - first)
+    scratch = np.empty(8 * TILE, weight.dtype)
+    groups = np.empty(2 * TILE)
+    total = np.zeros(2 * TILE)
+    for chunk in range(g.chunks):
+        for i in range(width):
+            total[i] += table[tile, chunk, 0, i]
+            total[TILE + i] += table[tile, chunk, 1, i]
+    _spread(scratch, x, weight, stats, g, 0, first, width, False)
+    # Every chunk closes the groups for itself; the first alone adds to the gradients.
+    own = gradients if unit // tiles == 0 else np.zeros(gradients.shape)
+    _close_groups(total, groups, scratch, weight, stats, own, g, 0, first, width, False, centred)
+    _emit_chunk(scratch, dy, x, dx, mask, weight, g, 0, first, width, unit // tiles, False)
+
+
+@Kernel
+def emit(dy, x, dx, mask, weight, stats, table, gradients, geometry, centred):
+    """Write dx and gradients, shape (2, size), from the sums of all chunks; K0 is 1."""
+    for unit in prange(table.shape[0] * table.shape[1]):
+        _emit_unit(unit, dy, x, dx, mask, weight, stats, table, gradients, geometry, centred)

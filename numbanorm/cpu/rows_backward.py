@@ -1,0 +1,273 @@
+"""Backward of the rows kernel: dx, and the gradients of weight and bias in the same pass.
+
+With ``g = dy * weight`` and ``h = (x - mean) * rstd``, over the `n` elements that count in a group [1]_::
+
+    dx = rstd * (g - counts * (sum(g) + h * sum(g * h)) / n)
+    dweight = sum(dy * h)        dbias = sum(dy)
+
+A unit of work is a slab of samples at one k1; each slab has gradients of its own, added in order at the end.
+
+References
+----------
+.. [1] S. Ioffe, C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate
+   Shift", 2015, section 3.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from .dtypes import lane, load, split_deviation, store
+from .jit import Kernel, elementwise, lanes, scalar
+from .welford import BLOCK, COUNT, MEAN, RSTD
+
+FLUSH = 32
+"""Rows whose products are added in float32 before they go to the float64 gradients of weight and bias."""
+
+
+@lanes
+def _chunk_sums(sums, dy, x, weight, g, k0, k1, chunk, mean, rstd):
+    """Sum one chunk of a group: dy and dy * h for each of its channels, or of all, weighted, where weights lie along.
+
+    `sums` holds the first sum of every channel, then the second.
+    """
+    channels = sums.shape[0] // 2
+    for c in range(2 * channels):
+        sums[c] = 0.0
+    across = -(-g.R1 // g.chunk_width)
+    r_start = (chunk // across) * g.chunk_runs
+    j_start = (chunk % across) * g.chunk_width
+    j_stop = min(j_start + g.chunk_width, g.R1)
+    hi = lane(x, mean)
+    lo = lane(x, mean - np.float64(hi))
+    scale = lane(x, rstd)
+    for r0 in range(r_start, min(r_start + g.chunk_runs, g.R0)):
+        x_start = g.x_start + k0 * g.x_K0 + r0 * g.x_R0 + k1 * g.x_K1
+        dy_start = g.y_start + k0 * g.y_K0 + r0 * g.y_R0 + k1 * g.y_K1
+        j = j_start
+        while j < j_stop:
+            a = b = lane(x, 0.0)
+            channel = 0
+            width = min(j_stop - j, BLOCK)
+            if g.inner == 1:
+                first = (k1 * g.R1 + j) % g.size
+                w = weight[first : first + width]
+                xs = x[x_start + j : x_start + j + width]
+                ds = dy[dy_start + j : dy_start + j + width]
+                for i in range(width):
+                    d = load(ds, i) * w[i]
+                    a += d
+                    b += d * (split_deviation(xs, i, hi, lo) * scale)
+            else:
+                width = min(width, g.inner - j % g.inner)
+                channel = j // g.inner
+                xs = x[x_start + j : x_start + j + width]
+                ds = dy[dy_start + j : dy_start + j + width]
+                for i in range(width):
+                    d = load(ds, i)
+                    a += d
+                    b += d * (split_deviation(xs, i, hi, lo) * scale)
+            sums[channel] += a
+            sums[channels + channel] += b
+            j += width
+
+
+@elementwise
+def _emit(dy, x, dx, mask, weight, products, g, k0, r0, k1, start, stop, mean, rstd, mean_g, mean_gh):
+    """Write dx of one run from `start` to `stop`, block by block; add to `products` where weights lie along the run.
+
+    Two loops, not one: with every array in it, LLVM would need too many checks of pointers and not vectorize.
+    """
+    x_start = g.x_start + k0 * g.x_K0 + r0 * g.x_R0 + k1 * g.x_K1
+    dy_start = g.y_start + k0 * g.y_K0 + r0 * g.y_R0 + k1 * g.y_K1
+    dx_start = ((k0 * g.R0 + r0) * g.K1 + k1) * g.R1
+    mask_start = g.mask_start + k0 * g.mask_K0 + r0 * g.mask_R0 + k1 * g.mask_K1
+    hi = lane(x, mean)
+    lo = lane(x, mean - np.float64(hi))
+    scale = lane(x, rstd)
+    zero = lane(x, 0.0)
+    half = products.shape[0] // 2
+    j = start
+    while j < stop:
+        width = min(stop - j, BLOCK)
+        w = weight[0:0]
+        gain = zero
+        if g.inner == 1:
+            first = (k1 * g.R1 + j) % g.size
+            w = weight[first : first + width]
+        else:
+            width = min(width, g.inner - j % g.inner)
+            gain = weight[(k1 * g.R1 + j) // g.inner % g.size]
+        xs = x[x_start + j : x_start + j + width]
+        ds = dy[dy_start + j : dy_start + j + width]
+        out = dx[dx_start + j : dx_start + j + width]
+        if half > 0:
+            pw = products[j - start : j - start + width]
+            pb = products[half + j - start : half + j - start + width]
+            for i in range(width):
+                d = load(ds, i)
+                pw[i] += d * (split_deviation(xs, i, hi, lo) * scale)
+                pb[i] += d
+        c = lane(x, mean_g)
+        e = lane(x, mean_gh)
+        if mask is not None and g.mask_R1 != 0:
+            m = mask[mask_start + j : mask_start + j + width]
+            for i in range(width):
+                h = split_deviation(xs, i, hi, lo) * scale
+                d = load(ds, i) * (w[i] if g.inner == 1 else gain)
+                store(out, i, (d - (c + h * e if m[i] else zero)) * scale)
+        else:
+            if mask is not None and not mask[mask_start]:
+                c = e = zero
+            if g.inner == 1:
+                for i in range(width):
+                    h = split_deviation(xs, i, hi, lo) * scale
+                    store(out, i, (load(ds, i) * w[i] - (c + h * e)) * scale)
+            else:
+                for i in range(width):
+                    h = split_deviation(xs, i, hi, lo) * scale
+                    store(out, i, (load(ds, i) * gain - (c + h * e)) * scale)
+        j += width
+
+
+@scalar
+def _flush(products, gradients, first):
+    """Add the products of the last rows to a slab's gradients and clear them."""
+    half = products.shape[0] // 2
+    for i in range(half):
+        gradients[0, first + i] += products[i]
+        gradients[1, first + i] += products[half + i]
+        products[i] = 0.0
+        products[half + i] = 0.0
+
+
+@scalar
+def _inverse(count):
+    """Return 1/count; 0 where nothing counts, as in inference: then the statistics do not depend on x."""
+    return 1.0 / count if count > 0.0 else 0.0
+
+
+@scalar
+def _backward_unit(unit, dy, x, dx, mask, weight, stats, gradients, geometry, centred):
+    """Take the samples of one slab at one k1: sums, then dx, while the group is in the cache."""
+    g = geometry[0]
+    k1 = unit % g.K1
+    slab = unit // g.K1
+    slabs = gradients.shape[0]
+    along = g.inner == 1
+    channels = 1 if along else max(1, g.R1 // g.inner)
+    first = k1 * g.R1 // g.inner % g.size
+    sums = np.empty(2 * channels)
+    total = np.empty(2 * channels)
+    products = np.zeros(2 * g.R1 if along else 0, weight.dtype)
+    start = slab * g.K0 // slabs
+    for k0 in range(start, (slab + 1) * g.K0 // slabs):
+        group = k0 * g.K1 + k1
+        mean = stats[MEAN, group]
+        rstd = stats[RSTD, group]
+        total[:] = 0.0
+        for chunk in range(g.chunks):
+            _chunk_sums(sums, dy, x, weight, g, k0, k1, chunk, mean, rstd)
+            for c in range(2 * channels):
+                total[c] += sums[c]
+        sum_g, sum_gh = total[0], total[channels]
+        if not along:
+            sum_g = sum_gh = 0.0
+            for c in range(channels):
+                sum_g += weight[first + c] * total[c]
+                sum_gh += weight[first + c] * total[channels + c]
+                gradients[slab, 0, first + c] += total[channels + c]
+                gradients[slab, 1, first + c] += total[c]
+        share = _inverse(stats[COUNT, group])
+        mean_g = sum_g * share if centred else 0.0
+        for r0 in range(g.R0):
+            _emit(dy, x, dx, mask, weight, products, g, k0, r0, k1, 0, g.R1, mean, rstd, mean_g, sum_gh * share)
+        if along and (k0 - start) % FLUSH == FLUSH - 1:
+            _flush(products, gradients[slab], first)
+    if along:
+        _flush(products, gradients[slab], first)
+
+
+@Kernel
+def backward(dy, x, dx, mask, weight, stats, gradients, geometry, centred):
+    """Write dx, and add to `gradients`, shape (slabs, 2, size), dweight and dbias of each slab."""
+    for unit in prange(gradients.shape[0] * geometry[0].K1):
+        _backward_unit(unit, dy, x, dx, mask, weight, stats, gradients, geometry, centred)
+
+
+@scalar
+def _sum_unit(unit, dy, x, weight, stats, table, geometry):
+    g = geometry[0]
+    group = unit // g.chunks
+    sums = table[group, unit % g.chunks]
+    k0 = group // g.K1
+    _chunk_sums(sums, dy, x, weight, g, k0, group % g.K1, unit % g.chunks, stats[MEAN, group], stats[RSTD, group])
+
+
+@Kernel
+def chunk_sums(dy, x, weight, stats, table, geometry):
+    """Write the two sums of every chunk of every group to `table`, shape (groups, chunks, 2)."""
+    for unit in prange(table.shape[0] * table.shape[1]):
+        _sum_unit(unit, dy, x, weight, stats, table, geometry)
+
+
+@Kernel
+def merge_sums(table, sums):
+    """Add the chunks of every group in order into `sums`, shape (2, groups)."""
+    for group in range(table.shape[0]):
+        for row in range(2):
+            s = 0.0
+            for chunk in range(table.shape[1]):
+                s += table[group, chunk, row]
+            sums[row, group] = s
+
+
+@scalar
+def _emit_unit(unit, dy, x, dx, mask, weight, stats, sums, geometry, centred):
+    g = geometry[0]
+    across = -(-g.R1 // g.chunk_width)
+    first = unit // across * g.piece_runs
+    j = unit % across * g.chunk_width
+    stop = min(j + g.chunk_width, g.R1)
+    nothing = np.empty(0, weight.dtype)
+    for run in range(first, min(first + g.piece_runs, g.K0 * g.R0 * g.K1)):
+        k0 = run // (g.K1 * g.R0)
+        k1 = run % g.K1
+        group = k0 * g.K1 + k1
+        share = _inverse(stats[COUNT, group])
+        mean_g = sums[0, group] * share if centred else 0.0
+        mean, rstd = stats[MEAN, group], stats[RSTD, group]
+        r0 = run // g.K1 % g.R0
+        _emit(dy, x, dx, mask, weight, nothing, g, k0, r0, k1, j, stop, mean, rstd, mean_g, sums[1, group] * share)
+
+
+@Kernel
+def emit(dy, x, dx, mask, weight, stats, sums, geometry, centred):
+    """Write dx from the groups' sums, piece by piece in the order of memory."""
+    g = geometry[0]
+    for unit in prange(-(-(g.K0 * g.R0 * g.K1) // g.piece_runs) * -(-g.R1 // g.chunk_width)):
+        _emit_unit(unit, dy, x, dx, mask, weight, stats, sums, geometry, centred)
+
+
+@scalar
+def _emit_lanes_unit(unit, dy, x, dx, mask, weight, stats, sums, gradients, geometry, centred):
+    g = geometry[0]
+    start = unit * BLOCK
+    stop = min(start + BLOCK, g.R1)
+    products = np.zeros(2 * (stop - start), weight.dtype)
+    for k0 in range(g.K0):
+        share = _inverse(stats[COUNT, k0])
+        mean_g = sums[0, k0] * share if centred else 0.0
+        mean, rstd = stats[MEAN, k0], stats[RSTD, k0]
+        _emit(dy, x, dx, mask, weight, products, g, k0, 0, 0, start, stop, mean, rstd, mean_g, sums[1, k0] * share)
+        if k0 % FLUSH == FLUSH - 1:
+            _flush(products, gradients[0], start)
+    _flush(products, gradients[0], start)
+
+
+@Kernel
+def emit_lanes(dy, x, dx, mask, weight, stats, sums, gradients, geometry, centred):
+    """Write dx and the gradients of long rows, BLOCK weights at a time over all rows: no gradients of slabs to hold."""
+    for unit in prange(-(-geometry[0].R1 // BLOCK)):
+        _emit_lanes_unit(unit, dy, x, dx, mask, weight, stats, sums, gradients, geometry, centred)
