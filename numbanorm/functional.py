@@ -723,7 +723,7 @@ class Call:
         if plan.size == 0:
             return self._nothing(eps)
         x = arrays.flat(self._source, plan.x, plan)
-        y = arrays.flat(self._y, plan.y, plan)
+        y = arrays.flat(self._y, plan.y or plan.packed, plan)
         mask = residual = total = None
         if self._mask is not None:
             mask = arrays.flat(self._mask, plan.mask, plan)
@@ -739,7 +739,7 @@ class Call:
         plan = self.plan
         if plan.size > 0:
             x = arrays.flat(self._source, plan.x, plan)
-            y = arrays.flat(self._y, plan.y, plan)
+            y = arrays.flat(self._y, plan.y or plan.packed, plan)
             cpu.apply(plan, x, y, self.weight, self.bias, stats)
         self._deliver()
 

@@ -105,23 +105,31 @@ def _exact_moments(sums, moments, x, start, stride, rows, width, mask, mask_star
     n = moments[_BLOCK + _N : _BLOCK + _N + width]
     mean = moments[_EXACT + _MEAN : _EXACT + _MEAN + width]
     m2 = moments[_EXACT + _M2 : _EXACT + _M2 + width]
+    pivot = moments[_EXACT + _N : _EXACT + _N + width]
     for i in range(width):
         mean[i] = 0.0
         m2[i] = 0.0
+        pivot[i] = np.nan if centred else 0.0
+    for r in range(rows if centred else 0):  # a lane's first element: sums around it are exactly 0 if all are equal
+        run = x[start + r * stride : start + r * stride + width]
+        at = mask_start + r * mask_stride
+        for i in range(width):
+            seen = True if mask is None else mask[at + i * mask_step]
+            pivot[i] = np.float64(load(run, i)) if seen and np.isnan(pivot[i]) else pivot[i]
     for squares in range(0 if centred else 1, 2):
         for r in range(rows):
             run = x[start + r * stride : start + r * stride + width]
             at = mask_start + r * mask_stride
             for i in range(width):
                 seen = True if mask is None else mask[at + i * mask_step]
-                d = deviation(run, i, mean[i] if squares == 1 else 0.0) if seen else 0.0
+                d = deviation(run, i, mean[i] if squares == 1 else pivot[i]) if seen else 0.0
                 if squares == 1:
                     m2[i] += d * d
                 else:
                     m2[i] += d
         if squares == 0:
             for i in range(width):
-                mean[i] = m2[i] / max(n[i], 1.0)
+                mean[i] = pivot[i] + m2[i] / max(n[i], 1.0)
                 m2[i] = 0.0
     for i in range(width):
         if sums[_SEEN + i] == 0:
@@ -285,7 +293,7 @@ def forward(x, y, mask, weight, bias, stats, geometry, eps, centred):
     """Normalize tile by tile: statistics, then output, while the tile is in the cache if it fits."""
     g = geometry[0]
     for unit in prange(g.K0 * -(-g.lanes // g.tile)):
-        _forward_tile(unit, x, y, mask, weight, bias, stats, geometry, eps, centred)
+        _forward_tile(np.int64(unit), x, y, mask, weight, bias, stats, geometry, eps, centred)
 
 
 @scalar
@@ -308,7 +316,7 @@ def _store_chunk(unit, x, mask, weight, table, geometry, centred):
 def moments(x, mask, weight, table, geometry, centred):
     """Write (count, mean, M2) of every lane of every chunk to `table`, shape (K0 * tiles, chunks, 3, tile)."""
     for unit in prange(table.shape[0] * table.shape[1]):
-        _store_chunk(unit, x, mask, weight, table, geometry, centred)
+        _store_chunk(np.int64(unit), x, mask, weight, table, geometry, centred)
 
 
 @scalar
@@ -330,7 +338,7 @@ def _merge_tile(tile, table, stats, geometry, eps):
 def merge_chunks(table, stats, geometry, eps):
     """Merge the chunks of every tile in order, then its lanes, into `stats`, shape (4, groups)."""
     for tile in prange(table.shape[0]):
-        _merge_tile(tile, table, stats, geometry, eps)
+        _merge_tile(np.int64(tile), table, stats, geometry, eps)
 
 
 @scalar
@@ -350,4 +358,4 @@ def apply(x, y, weight, bias, stats, geometry):
     """Normalize with given statistics, chunk by chunk."""
     g = geometry[0]
     for unit in prange(g.K0 * g.chunks * -(-g.lanes // g.tile)):
-        _apply_unit(unit, x, y, weight, bias, stats, geometry)
+        _apply_unit(np.int64(unit), x, y, weight, bias, stats, geometry)

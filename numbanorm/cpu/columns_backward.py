@@ -184,7 +184,7 @@ def backward(dy, x, dx, mask, weight, stats, gradients, geometry, centred):
     g = geometry[0]
     tiles = 1 if g.inner % g.lanes == 0 else -(-g.lanes // g.tile)
     for unit in prange(gradients.shape[0] * tiles):
-        _backward_unit(unit, dy, x, dx, mask, weight, stats, gradients, geometry, centred)
+        _backward_unit(np.int64(unit), dy, x, dx, mask, weight, stats, gradients, geometry, centred)
 
 
 @scalar
@@ -207,7 +207,7 @@ def _sum_unit(unit, dy, x, weight, stats, table, geometry):
 def chunk_sums(dy, x, weight, stats, table, geometry):
     """Write the two sums of every lane of every chunk to `table`, shape (tiles, chunks, 2, tile); K0 is 1."""
     for unit in prange(table.shape[0] * table.shape[1]):
-        _sum_unit(unit, dy, x, weight, stats, table, geometry)
+        _sum_unit(np.int64(unit), dy, x, weight, stats, table, geometry)
 
 
 @scalar
@@ -235,4 +235,4 @@ def _emit_unit(unit, dy, x, dx, mask, weight, stats, table, gradients, geometry,
 def emit(dy, x, dx, mask, weight, stats, table, gradients, geometry, centred):
     """Write dx and gradients, shape (2, size), from the sums of all chunks; K0 is 1."""
     for unit in prange(table.shape[0] * table.shape[1]):
-        _emit_unit(unit, dy, x, dx, mask, weight, stats, table, gradients, geometry, centred)
+        _emit_unit(np.int64(unit), dy, x, dx, mask, weight, stats, table, gradients, geometry, centred)

@@ -33,6 +33,9 @@ scalar = njit(**SCALAR_OPTIONS)
 class Kernel:
     """One function, compiled twice on demand: `serial`, and `parallel` where its `prange` loops use all threads.
 
+    A `prange` loop does nothing but hand its index, as int64 (it is unsigned, and uint64 with int64 makes float64), to
+    a function that does one unit of work: the larger its body, the longer Numba takes to compile it.
+
     The twin serves one thread, small inputs (a parallel launch costs 2 to 100 us) and processes in which threads
     must not start. Both run the same arithmetic in the same order, so both give the same bits.
     """

@@ -94,8 +94,8 @@ def _columns(g: np.void, folds: bool) -> None:
         for name in ("x_R0", "y_R0", "mask_R0"):
             g[name] *= fold
     fitting = TILE_BYTES // (4 * rows)
-    widest = TILE if fitting < 128 else min(fitting, TILE)
-    tiles = -(-lanes // (widest // r1 * r1))
+    widest = TILE if fitting < 128 or lanes > k1 * r1 else min(fitting, TILE)
+    tiles = -(-lanes // (widest // r1 * r1))  # 1 where lanes were folded: all copies of a group merge in one tile
     g["tile"] = -(-lanes // (tiles * r1)) * r1
     chunks = max(1, min(MAX_CHUNKS, rows // BLOCK_ROWS, TABLE_BYTES // (24 * lanes)))
     blocks = -(-rows // BLOCK_ROWS)

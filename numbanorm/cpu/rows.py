@@ -20,19 +20,29 @@ FLOAT32_SAFE = 1e30
 @lanes
 def _exact_moments(x, start, stride, runs, width, mask, mask_start, mask_stride, mask_step, centred):
     """Return (mean, M2) of a block that is not empty, in float64 and two sweeps."""
-    n = s = q = mean = 0.0
+    n = s = q = mean = pivot = 0.0
+    found = not centred
+    r = 0
+    while not found:  # the first element that counts: sums around it are exactly 0 where all elements are equal
+        for i in range(width):
+            seen = True if mask is None else mask[mask_start + r * mask_stride + i * mask_step]
+            if seen and not found:
+                pivot = np.float64(load(x, start + r * stride + i))
+                found = True
+        r += 1
     for squares in range(0 if centred else 1, 2):
+        around = mean if squares == 1 else pivot
         for r in range(runs):
             run = x[start + r * stride : start + r * stride + width]
             at = mask_start + r * mask_stride
             for i in range(width):
                 seen = True if mask is None else mask[at + i * mask_step]
-                d = deviation(run, i, mean) if seen else 0.0
+                d = deviation(run, i, around) if seen else 0.0
                 n += 1.0 if seen else 0.0
                 s += d
                 q += d * d
         if squares == 0:
-            mean = s / n
+            mean = pivot + s / n
             q = 0.0
     return mean, q
 
@@ -185,7 +195,7 @@ def forward(x, residual, total, y, mask, weight, bias, stats, geometry, eps, cen
     ``geometry[1]`` then tells how to read `total`.
     """
     for group in prange(stats.shape[1]):
-        _forward_group(group, x, residual, total, y, mask, weight, bias, stats, geometry, eps, centred)
+        _forward_group(np.int64(group), x, residual, total, y, mask, weight, bias, stats, geometry, eps, centred)
 
 
 @scalar
@@ -203,7 +213,7 @@ def _store_chunk(unit, x, mask, table, geometry, centred):
 def moments(x, mask, table, geometry, centred):
     """Write (count, mean, M2) of every chunk of every group to `table`, shape (groups, chunks, 3)."""
     for unit in prange(table.shape[0] * table.shape[1]):
-        _store_chunk(unit, x, mask, table, geometry, centred)
+        _store_chunk(np.int64(unit), x, mask, table, geometry, centred)
 
 
 @Kernel
@@ -241,7 +251,7 @@ def apply(x, y, weight, bias, stats, geometry):
     g = geometry[0]
     pieces = -(-(g.K0 * g.R0 * g.K1) // g.piece_runs) * -(-g.R1 // g.chunk_width)
     for piece in prange(pieces):
-        _apply_piece(piece, x, y, weight, bias, stats, geometry)
+        _apply_piece(np.int64(piece), x, y, weight, bias, stats, geometry)
 
 
 @scalar
@@ -255,4 +265,4 @@ def add(x, residual, total, geometry):
     """Write x + residual to `total`, packed, run by run."""
     g = geometry[0]
     for run in prange(g.K0 * g.R0 * g.K1):
-        _add_unit(run, x, residual, total, geometry)
+        _add_unit(np.int64(run), x, residual, total, geometry)

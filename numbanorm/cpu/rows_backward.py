@@ -193,7 +193,7 @@ def _backward_unit(unit, dy, x, dx, mask, weight, stats, gradients, geometry, ce
 def backward(dy, x, dx, mask, weight, stats, gradients, geometry, centred):
     """Write dx, and add to `gradients`, shape (slabs, 2, size), dweight and dbias of each slab."""
     for unit in prange(gradients.shape[0] * geometry[0].K1):
-        _backward_unit(unit, dy, x, dx, mask, weight, stats, gradients, geometry, centred)
+        _backward_unit(np.int64(unit), dy, x, dx, mask, weight, stats, gradients, geometry, centred)
 
 
 @scalar
@@ -209,7 +209,7 @@ def _sum_unit(unit, dy, x, weight, stats, table, geometry):
 def chunk_sums(dy, x, weight, stats, table, geometry):
     """Write the two sums of every chunk of every group to `table`, shape (groups, chunks, 2)."""
     for unit in prange(table.shape[0] * table.shape[1]):
-        _sum_unit(unit, dy, x, weight, stats, table, geometry)
+        _sum_unit(np.int64(unit), dy, x, weight, stats, table, geometry)
 
 
 @Kernel
@@ -247,7 +247,7 @@ def emit(dy, x, dx, mask, weight, stats, sums, geometry, centred):
     """Write dx from the groups' sums, piece by piece in the order of memory."""
     g = geometry[0]
     for unit in prange(-(-(g.K0 * g.R0 * g.K1) // g.piece_runs) * -(-g.R1 // g.chunk_width)):
-        _emit_unit(unit, dy, x, dx, mask, weight, stats, sums, geometry, centred)
+        _emit_unit(np.int64(unit), dy, x, dx, mask, weight, stats, sums, geometry, centred)
 
 
 @scalar
@@ -270,4 +270,4 @@ def _emit_lanes_unit(unit, dy, x, dx, mask, weight, stats, sums, gradients, geom
 def emit_lanes(dy, x, dx, mask, weight, stats, sums, gradients, geometry, centred):
     """Write dx and the gradients of long rows, BLOCK weights at a time over all rows: no gradients of slabs to hold."""
     for unit in prange(-(-geometry[0].R1 // BLOCK)):
-        _emit_lanes_unit(unit, dy, x, dx, mask, weight, stats, sums, gradients, geometry, centred)
+        _emit_lanes_unit(np.int64(unit), dy, x, dx, mask, weight, stats, sums, gradients, geometry, centred)
