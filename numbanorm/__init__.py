@@ -9,6 +9,7 @@ Examples
 (8, 128, 768)
 """
 
+from .config import show_config
 from .cpu.threads import get_num_threads, set_num_threads
 from .functional import (
     batch_norm,
@@ -49,4 +50,5 @@ __all__ = [
     "rms_norm",
     "rms_norm_backward",
     "set_num_threads",
+    "show_config",
 ]

@@ -9,7 +9,8 @@ from typing import Any, Self
 import numpy as np
 
 from . import arrays, cpu
-from .functional import integers, public_statistic
+from .calls import public_statistic
+from .checks import integers
 from .plan import plan
 
 

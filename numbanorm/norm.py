@@ -8,20 +8,16 @@ from typing import Any, ClassVar, NamedTuple, Self
 import numpy as np
 
 from . import arrays
+from .checks import check_eps, integer, lengths, normalized_axes, positive
 from .functional import (
     batch_norm,
     batch_norm_backward,
-    check_eps,
     group_norm,
     group_norm_backward,
     instance_norm,
     instance_norm_backward,
-    integer,
     layer_norm,
     layer_norm_backward,
-    lengths,
-    normalized_axes,
-    positive,
     rms_norm,
     rms_norm_backward,
 )

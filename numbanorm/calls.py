@@ -1,0 +1,327 @@
+"""Calls: what every function does with its arguments, from the checks to the backend and back."""
+
+from __future__ import annotations
+
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+from . import arrays, cpu
+from .checks import check_eps, integer
+from .layout import Layout
+from .plan import Options, plan
+
+
+class Call:
+    """One checked call: its arrays as the backend reads them, its plan, its output.
+
+    Parameters
+    ----------
+    norm, options
+        As `numbanorm.plan.plan` takes them.
+    x : array_like
+        What the caller gave; results are of its kind.
+    source : np.ndarray
+        The same as an array of a supported dtype.
+    weight, bias, mask, residual, out : array_like, optional
+        As the functions take them.
+    """
+
+    __slots__ = ("_back", "_mask", "_out", "_residual", "_source", "_target", "_total", "_y", "bias", "plan", "weight")
+
+    def __init__(
+        self,
+        norm: str,
+        options: Options,
+        x: Any,
+        source: np.ndarray,
+        weight: Any,
+        bias: Any,
+        *,
+        mask: Any = None,
+        residual: Any = None,
+        out: Any = None,
+    ) -> None:
+        shape = source.shape
+        dtype = arrays.result_dtype(source.dtype)
+        counted = None if mask is None else arrays.as_mask(mask, shape)
+        added = None
+        if residual is not None:
+            added = _residual(residual, source)
+            source = source.astype(dtype, copy=False)
+            added = added.astype(dtype, copy=False)
+        target = None
+        if out is not None:
+            inputs = {"x": source, "residual": added, "weight": weight, "bias": bias, "mask": counted}
+            held = {name: arrays.as_array(array, name) for name, array in inputs.items() if array is not None}
+            target = arrays.as_output(out, shape, dtype, held)
+        y = None if target is None or not target.flags.aligned else (target.strides, target.itemsize)
+        masked = None if counted is None else counted.strides
+        self.plan = plan(norm, options, shape, (source.strides, source.itemsize), y, masked)
+        layout = self.plan.layout
+        lane = cpu.lane_dtype(source.dtype)
+        self.weight = None if weight is None else _parameter(weight, "weight", layout, lane)
+        self.bias = None if bias is None else _parameter(bias, "bias", layout, lane)
+        total: np.ndarray | None = None
+        if added is not None:
+            if self.plan.columns or self.plan.x is None or added.strides != source.strides:
+                # Only the rows kernel adds on the fly, and only where both lie alike.
+                source = total = np.add(source, added)
+                added = None
+                self.plan = plan(norm, options, shape, (source.strides, source.itemsize), y, masked)
+            else:
+                total = arrays.fresh(self.plan, dtype)
+        self._source = source
+        self._residual = added
+        self._total = total
+        self._mask = counted
+        self._out, self._target = out, target
+        direct = y is not None and self.plan.y is not None
+        self._y = target if direct and target is not None else arrays.fresh(self.plan, dtype)
+        self._back = None if type(x) is np.ndarray else arrays.way_back(x)
+
+    def forward(self, eps: float) -> np.ndarray:
+        """Normalize with the statistics of the input, and return them as `cpu.forward` does."""
+        plan = self.plan
+        if plan.size == 0:
+            return self._nothing(eps)
+        x = arrays.flat(self._source, plan.x, plan)
+        y = arrays.flat(self._y, plan.y or plan.packed, plan)
+        mask = residual = total = None
+        if self._mask is not None:
+            mask = arrays.flat(self._mask, plan.mask, plan)
+        if self._residual is not None and self._total is not None:
+            residual = arrays.flat(self._residual, plan.x, plan)
+            total = arrays.flat(self._total, plan.packed, plan)
+        stats = cpu.forward(plan, x, y, self.weight, self.bias, eps, mask, residual, total)
+        self._deliver()
+        return stats
+
+    def apply(self, stats: np.ndarray) -> None:
+        """Normalize with given statistics."""
+        plan = self.plan
+        if plan.size > 0:
+            x = arrays.flat(self._source, plan.x, plan)
+            y = arrays.flat(self._y, plan.y or plan.packed, plan)
+            cpu.apply(plan, x, y, self.weight, self.bias, stats)
+        self._deliver()
+
+    def result(self, stats: np.ndarray, return_stats: bool) -> Any:
+        """Return what the caller gets: y, then (mean,) rstd, then the sum with the residual, as asked for."""
+        back = self._back
+        y = self._y if back is None else back(self._y)
+        if self._out is not None:
+            y = self._out
+        if not return_stats and self._total is None:
+            return y
+        items: list[Any] = []
+        if return_stats:
+            layout = self.plan.layout
+            rows = (cpu.MEAN, cpu.RSTD) if layout.centred else (cpu.RSTD,)
+            items += [public_statistic(stats[row], layout) for row in rows]
+        if self._total is not None:
+            items.append(self._total)
+        return (y, *(items if back is None else map(back, items)))
+
+    def _deliver(self) -> None:
+        """Copy the result to `out` where it could not be written there directly."""
+        if self._target is not None and self._y is not self._target:
+            np.copyto(self._target, self._y)
+
+    def _nothing(self, eps: float) -> np.ndarray:
+        """Return the statistics of no elements: mean 0, variance 0."""
+        stats = np.zeros((4, self.plan.layout.groups))
+        with np.errstate(divide="ignore"):
+            stats[cpu.RSTD] = 1.0 / np.sqrt(np.float64(eps))
+        if self._total is not None and self._residual is not None:
+            np.add(self._source, self._residual, out=self._total)
+        return stats
+
+
+def public_statistic(row: np.ndarray, layout: Layout) -> np.ndarray:
+    """Return one row of a backend's statistics in the shape that users get."""
+    if layout.stats_order is None:
+        return row.reshape(layout.stats_shape)
+    return row.reshape(layout.stats_lengths).transpose(layout.stats_order).reshape(layout.stats_shape)
+
+
+class _Running:
+    """Running statistics of the channels, as arrays that can be updated in place."""
+
+    def __init__(self, mean: Any, var: Any, channels: int) -> None:
+        self.mean = arrays.as_array(mean, "running_mean")
+        self.var = arrays.as_array(var, "running_var")
+        for name, array in (("running_mean", self.mean), ("running_var", self.var)):
+            if array.shape != (channels,):
+                raise ValueError(f"{name}: expected shape {(channels,)}, got {array.shape}")
+            if array.dtype.name not in arrays.FLOATS:
+                raise TypeError(f"{name}: expected a float dtype, got {array.dtype}")
+
+    def check_writeable(self, mean: Any, var: Any) -> None:
+        for name, given, array in (("running_mean", mean, self.mean), ("running_var", var, self.var)):
+            if not hasattr(given, "dtype"):
+                raise TypeError(f"{name}: expected an array to update in place, got {type(given).__name__}")
+            if not array.flags.writeable:
+                raise ValueError(f"{name}: expected a writeable array, got a read-only one")
+
+    def update(self, stats: np.ndarray, momentum: float) -> None:
+        """Move towards the statistics (3 rows: count, mean, M2; channels last), averaged over samples that count."""
+        count, mean, m2 = stats[cpu.COUNT], stats[cpu.MEAN], stats[cpu.M2]
+        if count.ndim == 1:
+            count, mean, m2 = count[None], mean[None], m2[None]
+        seen = count > 0
+        samples = seen.sum(axis=0)
+        unbiased = m2 / np.maximum(count - 1.0, 1.0)
+        for array, values in ((self.mean, mean), (self.var, unbiased)):
+            batch = np.where(seen, values, 0.0).sum(axis=0) / np.maximum(samples, 1)
+            old = array.astype(np.float64)
+            array[...] = np.where(samples > 0, (1.0 - momentum) * old + momentum * batch, old)
+
+
+def run_tracked(
+    norm: str,
+    x: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any,
+    bias: Any,
+    from_input: bool,
+    momentum: float | None,
+    eps: float,
+    channel_axis: int,
+    mask: Any,
+    out: Any,
+    return_stats: bool,
+) -> Any:
+    """Run a norm that may keep running statistics: from its input and updating them, or from them."""
+    eps = check_eps(eps)
+    source = arrays.as_input(x, "x")
+    options = (integer(channel_axis, "channel_axis"), None, None)
+    if not from_input:
+        norm, mask = "batch", None
+    call = Call(norm, options, x, source, weight, bias, mask=mask, out=out)
+    layout = call.plan.layout
+    running = None
+    if running_mean is not None or running_var is not None:
+        if running_mean is None or running_var is None:
+            raise ValueError("running_mean, running_var: expected both or neither, got one of them")
+        running = _Running(running_mean, running_var, layout.size)
+    if not from_input:
+        if running is None:
+            raise ValueError("running_mean, running_var: expected both to normalize with them, got None")
+        stats = np.zeros((4, layout.size))
+        stats[cpu.MEAN] = running.mean
+        with np.errstate(divide="ignore", invalid="ignore"):
+            stats[cpu.RSTD] = 1.0 / np.sqrt(running.var.astype(np.float64) + eps)
+        call.apply(stats)
+        return call.result(stats, return_stats)
+    if running is not None:
+        running.check_writeable(running_mean, running_var)
+        if isinstance(momentum, bool) or not isinstance(momentum, Real):
+            raise TypeError(f"momentum: expected a number, got {type(momentum).__name__}")
+    if layout.count == 1 and source.size > 0:
+        raise ValueError(
+            f"x: expected more than 1 value per channel to normalize with its own statistics, got shape {source.shape}"
+        )
+    stats = call.forward(eps)
+    if running is not None and source.size > 0:
+        shape = layout.stats_shape
+        rows = np.stack([public_statistic(row, layout).reshape(shape) for row in stats])
+        running.update(rows, float(momentum))
+    return call.result(stats, return_stats)
+
+
+def run_backward(
+    norm: str,
+    options: Options,
+    dy: Any,
+    x: Any,
+    source: np.ndarray,
+    mean: Any,
+    rstd: Any,
+    weight: Any,
+    mask: Any,
+    *,
+    fixed: bool = False,
+) -> tuple[Any, Any, Any]:
+    """Return dx, dweight, dbias; with `fixed` the statistics do not depend on x."""
+    shape = source.shape
+    dtype = arrays.result_dtype(source.dtype)
+    gradient = arrays.as_input(dy, "dy")
+    if gradient.shape != shape:
+        raise ValueError(f"dy: expected the shape of x, {shape}, got {gradient.shape}")
+    if gradient.dtype.name not in arrays.FLOATS:
+        raise TypeError(f"dy: expected a float dtype, got {gradient.dtype}")
+    gradient = gradient.astype(dtype, copy=False)
+    counted = None if mask is None or fixed else arrays.as_mask(mask, shape)
+    work = plan(
+        norm,
+        options,
+        shape,
+        (source.strides, source.itemsize),
+        (gradient.strides, gradient.itemsize),
+        None if counted is None else counted.strides,
+        separable=True,
+    )
+    layout = work.layout
+    lane = cpu.lane_dtype(source.dtype)
+    flat_weight = None if weight is None else _parameter(weight, "weight", layout, lane)
+    stats = np.zeros((4, layout.groups))
+    stats[cpu.RSTD] = _given_statistic(rstd, "rstd", layout)
+    if layout.centred:
+        stats[cpu.MEAN] = _given_statistic(mean, "mean", layout)
+    dx = arrays.fresh(work, dtype)
+    gradients = np.zeros((2, layout.size))
+    if work.size > 0:
+        flat_x = arrays.flat(source, work.x, work)
+        flat_mask = None if counted is None else arrays.flat(counted, work.mask, work)
+        if flat_mask is not None:
+            stats[cpu.COUNT] = cpu.statistics(work, flat_x, flat_mask)[cpu.COUNT]
+        elif not fixed:
+            stats[cpu.COUNT] = layout.count
+        flat_dy = arrays.flat(gradient, work.y, work)
+        gradients = cpu.backward(
+            work, flat_dy, flat_x, arrays.flat(dx, work.packed, work), flat_weight, stats, flat_mask
+        )
+    kind = lane if weight is None else arrays.as_array(weight, "weight").dtype
+    results = [dx]
+    for gradient_row in gradients:
+        values = gradient_row
+        if layout.affine_order is not None:
+            lengths_in_memory = [layout.affine_shape[a] for a in layout.affine_order]
+            values = values.reshape(lengths_in_memory).transpose(np.argsort(layout.affine_order))
+        results.append(values.reshape(layout.affine_shape).astype(kind))
+    back = None if type(x) is np.ndarray else arrays.way_back(x)
+    first, second, third = results if back is None else map(back, results)
+    return first, second, third
+
+
+def _given_statistic(value: Any, name: str, layout: Layout) -> np.ndarray:
+    """Return a statistic that the caller gave, in the order of memory of the input."""
+    array = arrays.as_array(value, name)
+    if array.shape != layout.stats_shape:
+        raise ValueError(f"{name}: expected shape {layout.stats_shape}, got {array.shape}")
+    if array.dtype.name not in arrays.FLOATS:
+        raise TypeError(f"{name}: expected a float dtype, got {array.dtype}")
+    if layout.stats_order is None:
+        return array.reshape(-1)
+    lengths_in_order = [layout.stats_lengths[a] for a in layout.stats_order]
+    return array.reshape(lengths_in_order).transpose(np.argsort(layout.stats_order)).reshape(-1)
+
+
+def _residual(value: Any, x: np.ndarray) -> np.ndarray:
+    residual = arrays.as_input(value, "residual")
+    if residual.shape != x.shape:
+        raise ValueError(f"residual: expected the shape of x, {x.shape}, got {residual.shape}")
+    if residual.dtype != x.dtype:
+        raise TypeError(f"residual: expected the dtype of x, {x.dtype}, got {residual.dtype}")
+    return residual
+
+
+def _parameter(value: Any, name: str, layout: Layout, lane: type[Any]) -> np.ndarray:
+    """Return a weight or bias as the kernels read it: flat, in the lane dtype, in the order of memory of the input."""
+    parameter = arrays.as_parameter(value, name, layout.affine_shape, lane)
+    if layout.affine_order is not None:
+        parameter = np.ascontiguousarray(parameter.transpose(layout.affine_order))
+    return parameter.reshape(-1)

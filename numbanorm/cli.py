@@ -1,0 +1,178 @@
+"""The commands ``numbanorm explain``, ``numbanorm demo`` and ``numbanorm info``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+from rich import box
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from .explain import TEXTBOOK, Case, Reading, compare, describe
+from .layout import NORMS
+
+_WIDTH = 100  # longer lines are hard to read
+_PICTURE = click.Path(dir_okay=False, path_type=Path)
+
+
+_HELP = """Show what batch, layer, instance, group and RMS norm do, and how fast.
+
+\b
+Who shares a mean, and who a weight, in words and as a picture:
+    numbanorm explain batch --shape 4,6,8,8 -o batch.png
+The same for four norms side by side:
+    numbanorm explain batch --shape 4,6,8,8 --all -o norms.png
+"""
+
+
+@click.group(help=_HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": _WIDTH})
+@click.version_option(package_name="numbanorm", prog_name="numbanorm", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Run a command of the command line."""
+
+
+@cli.command(short_help="Explain a norm over a shape, in words and as a picture.")
+@click.argument("norm", type=click.Choice(list(NORMS)))
+@click.option("--shape", required=True, metavar="N,C,...", help="Shape of the array, such as 4,6,8,8.")
+@click.option("--groups", type=int, metavar="G", help="Number of groups of channels, for group norm.")
+@click.option("--channel-axis", type=int, metavar="AXIS", help="Axis of the channels: 1, or -1 for channels last.")
+@click.option("--axis", metavar="AXIS,...", help="Axes that layer and RMS norm average over, such as -1 or 1,2,3.")
+@click.option("--all", "side_by_side", is_flag=True, help="Put batch, layer, instance and group norm side by side.")
+@click.option("-o", "--output", type=_PICTURE, metavar="FILE", help="Draw it too, as .png or .svg.")
+def explain(
+    norm: str,
+    shape: str,
+    groups: int | None,
+    channel_axis: int | None,
+    axis: str | None,
+    side_by_side: bool,
+    output: Path | None,
+) -> None:
+    """Explain what NORM does to an array of a shape: in words, and as a picture with -o.
+
+    NORM is batch, layer, instance, group or rms.
+
+    Two axes are read as (N, C) and four as (N, C, H, W). Three are read as (N, C, L), or as (sentence, position,
+    embedding) if the channels are last, which they are for layer and rms unless --channel-axis says otherwise.
+    """
+    with _one_line_errors():
+        if output is not None:
+            _check_output(output)
+        lengths = _integers("--shape", shape)
+        if channel_axis is None:
+            channel_axis = -1 if len(lengths) == 3 and not NORMS[norm].by_channel else 1
+        reading = Reading.of(lengths, channel_axis)
+        axes = None if axis is None else _integers("--axis", axis)
+        case = Case.of(norm, reading, num_groups=groups, axis=axes)
+        cases = [case]
+        if side_by_side:
+            cases = [Case.of(name, reading, num_groups=groups, axis=axes) for name in TEXTBOOK]
+    console = _console()
+    _print_words(console, case)
+    if side_by_side:
+        _print_comparison(console, cases)
+    if len(lengths) == 3 and not reading.tokens:
+        console.print("For an array (sentence, position, embedding), add --channel-axis -1.\n", style="dim")
+    if output is not None:
+        _write_picture(console, cases, output)
+
+
+@cli.command(short_help="Run every norm on real data.")
+@click.option(
+    "-o",
+    "--output",
+    type=_PICTURE,
+    metavar="FILE",
+    default="numbanorm-demo.png",
+    show_default=True,
+    help="Where to draw the norms side by side, as .png or .svg.",
+)
+def demo(output: Path) -> None:
+    """Run every norm on real data, sentences and a photograph, and show what each is good for.
+
+    Takes a few seconds, and some more while the kernels are compiled for the first time.
+    """
+    with _one_line_errors():
+        _check_output(output)
+    from .demo import run
+
+    console = _console()
+    run(console)
+    _write_picture(console, [Case.of(name, Reading.of((4, 6, 8, 8))) for name in TEXTBOOK], output)
+
+
+@cli.command(short_help="Show versions, processor, threads and cache.")
+def info() -> None:
+    """Show versions, processor, threads and the kernels' cache on disk."""
+    from .config import config
+
+    _print_pairs(_console(), config().items())
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    console.width = min(console.width, _WIDTH)
+    return console
+
+
+def _integers(option: str, text: str) -> tuple[int, ...]:
+    parts = text.strip().strip("()[]").rstrip(",").split(",")
+    if not all(re.fullmatch(r"\s*-?\d{1,18}\s*", part) for part in parts):
+        raise ValueError(f"{option}: expected integers with commas between them, such as 4,6,8, got {text!r}")
+    return tuple(map(int, parts))
+
+
+def _check_output(path: Path) -> None:
+    if path.suffix.lower() not in (".png", ".svg"):
+        raise ValueError(f"--output: expected a name that ends in .png or .svg, got {str(path)!r}")
+    if not path.parent.is_dir():
+        raise ValueError(f"--output: there is no folder {str(path.parent)!r}")
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Turn what is wrong with the input into one line, without a traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _print_words(console: Console, case: Case) -> None:
+    shape = f"({', '.join(case.reading.names)}) = {case.layout.shape}"
+    console.print(Text.assemble("\n", (case.name, "bold"), f" of an array {shape}\n"))
+    _print_pairs(console, describe(case))
+    console.print()
+
+
+def _print_pairs(console: Console, pairs: Iterable[tuple[str, str]]) -> None:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column()
+    for name, value in pairs:
+        table.add_row(name, Text(value))
+    console.print(Padding(table, (0, 0, 0, 2)))
+
+
+def _print_comparison(console: Console, cases: Sequence[Case]) -> None:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column(style="cyan")
+    for case in cases:
+        table.add_column(case.name.replace(" (", "\n("), justify="right")
+    for name, values in compare(cases):
+        table.add_row(name, *values)
+    console.print(table)
+
+
+def _write_picture(console: Console, cases: Sequence[Case], path: Path) -> None:
+    from . import figures  # only now: matplotlib takes its time
+
+    with _one_line_errors():
+        figures.save(figures.draw(cases), path)
+    console.print(Text.assemble("The picture is in ", (str(path), "bold")), soft_wrap=True)
