@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numpy as np
 
-from .cpu.dtypes import NARROW, WIDE
+from .dtypes import Format, format_of, is_float
 from .plan import Placement, Plan
 
 Back = Callable[[np.ndarray], Any]
 
-FLOATS = frozenset(["float16", "bfloat16", "float32", "float64"])
 _SUPPORTED = "float16, bfloat16, float32, float64, bool or an integer of 8 to 64 bits"
 
 
@@ -54,40 +52,26 @@ def way_back(value: Any) -> Back | None:
     return back
 
 
-def as_input(value: Any, name: str) -> np.ndarray:
-    """Return `value` as an array of a supported dtype in native byte order.
+def as_input(value: Any, name: str) -> tuple[np.ndarray, Format]:
+    """Return `value` as an aligned array of a supported dtype in native byte order, and what is to be known of it.
 
     Raises
     ------
     TypeError
         If its dtype is none that the kernels compute on.
     """
-    array = as_array(value, name)
-    if array.dtype.name not in NARROW and array.dtype.name not in WIDE:
-        raise TypeError(f"{name}: expected {_SUPPORTED}, got {array.dtype}")
-    if not array.dtype.isnative:
-        return array.astype(array.dtype.newbyteorder("="))
-    return array if array.flags.aligned else array.copy("K")
+    array = value if type(value) is np.ndarray else as_array(value, name)
+    form = format_of(array.dtype)
+    if form is None:
+        array = array.astype(array.dtype.newbyteorder("="))
+        form = format_of(array.dtype)
+        if form is None:
+            raise TypeError(f"{name}: expected {_SUPPORTED}, got {array.dtype}")
+    return array if array.flags.aligned else array.copy("K"), form
 
 
-def result_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Return the dtype of the output: that of the input, or the lane dtype where the input holds no fractions."""
-    if dtype.name in FLOATS:
-        return dtype
-    return np.dtype(np.float32 if dtype.name in NARROW else np.float64)
-
-
-@cache
-def machine_epsilon(dtype: np.dtype[Any]) -> float:
-    """Return the machine epsilon of the output for inputs of `dtype`."""
-    dtype = result_dtype(dtype)
-    if dtype.name == "bfloat16":
-        return 2.0**-7
-    return float(np.finfo(dtype).eps)
-
-
-def as_parameter(value: Any, name: str, shape: tuple[int, ...], lane: type[Any]) -> np.ndarray:
-    """Return a weight or bias of the given shape in the lane dtype.
+def as_parameter(value: Any, name: str, shape: tuple[int, ...], lane: np.dtype[Any]) -> np.ndarray:
+    """Return a weight or bias of the given shape, contiguous, in the lane dtype.
 
     Raises
     ------
@@ -96,13 +80,15 @@ def as_parameter(value: Any, name: str, shape: tuple[int, ...], lane: type[Any])
     ValueError
         If it has another shape.
     """
-    array = as_array(value, name)
+    array = value if type(value) is np.ndarray else as_array(value, name)
     if array.shape != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {array.shape}")
+    if array.dtype is lane and array.flags.carray:
+        return array
     is_list = not hasattr(value, "dtype")
-    if array.dtype.name not in FLOATS and not (is_list and array.dtype.kind in "iu"):
+    if not is_float(array.dtype.newbyteorder("=")) and not (is_list and array.dtype.kind in "iu"):
         raise TypeError(f"{name}: expected a float dtype, got {array.dtype}")
-    return np.ascontiguousarray(array, dtype=lane)
+    return np.require(array, lane, ["C", "A", "W"])
 
 
 def as_mask(value: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -9,6 +9,7 @@ import numpy as np
 
 from . import arrays, cpu
 from .checks import check_eps, integer
+from .dtypes import Format, is_float
 from .layout import Layout
 from .plan import Options, plan
 
@@ -22,8 +23,8 @@ class Call:
         As `numbanorm.plan.plan` takes them.
     x : array_like
         What the caller gave; results are of its kind.
-    source : np.ndarray
-        The same as an array of a supported dtype.
+    source, form : np.ndarray, Format
+        The same as an array of a supported dtype, and what is to be known of that.
     weight, bias, mask, residual, out : array_like, optional
         As the functions take them.
     """
@@ -36,6 +37,7 @@ class Call:
         options: Options,
         x: Any,
         source: np.ndarray,
+        form: Format,
         weight: Any,
         bias: Any,
         *,
@@ -44,7 +46,7 @@ class Call:
         out: Any = None,
     ) -> None:
         shape = source.shape
-        dtype = arrays.result_dtype(source.dtype)
+        dtype = form.result
         counted = None if mask is None else arrays.as_mask(mask, shape)
         added = None
         if residual is not None:
@@ -60,7 +62,7 @@ class Call:
         masked = None if counted is None else counted.strides
         self.plan = plan(norm, options, shape, (source.strides, source.itemsize), y, masked)
         layout = self.plan.layout
-        lane = cpu.lane_dtype(source.dtype)
+        lane = form.lane
         self.weight = None if weight is None else _parameter(weight, "weight", layout, lane)
         self.bias = None if bias is None else _parameter(bias, "bias", layout, lane)
         total: np.ndarray | None = None
@@ -155,7 +157,7 @@ class _Running:
         for name, array in (("running_mean", self.mean), ("running_var", self.var)):
             if array.shape != (channels,):
                 raise ValueError(f"{name}: expected shape {(channels,)}, got {array.shape}")
-            if array.dtype.name not in arrays.FLOATS:
+            if not is_float(array.dtype):
                 raise TypeError(f"{name}: expected a float dtype, got {array.dtype}")
 
     def check_writeable(self, mean: Any, var: Any) -> None:
@@ -196,11 +198,11 @@ def run_tracked(
 ) -> Any:
     """Run a norm that may keep running statistics: from its input and updating them, or from them."""
     eps = check_eps(eps)
-    source = arrays.as_input(x, "x")
+    source, form = arrays.as_input(x, "x")
     options = (integer(channel_axis, "channel_axis"), None, None)
     if not from_input:
         norm, mask = "batch", None
-    call = Call(norm, options, x, source, weight, bias, mask=mask, out=out)
+    call = Call(norm, options, x, source, form, weight, bias, mask=mask, out=out)
     layout = call.plan.layout
     running = None
     if running_mean is not None or running_var is not None:
@@ -238,6 +240,7 @@ def run_backward(
     dy: Any,
     x: Any,
     source: np.ndarray,
+    form: Format,
     mean: Any,
     rstd: Any,
     weight: Any,
@@ -247,11 +250,11 @@ def run_backward(
 ) -> tuple[Any, Any, Any]:
     """Return dx, dweight, dbias; with `fixed` the statistics do not depend on x."""
     shape = source.shape
-    dtype = arrays.result_dtype(source.dtype)
-    gradient = arrays.as_input(dy, "dy")
+    dtype, lane = form.result, form.lane
+    gradient, gradient_form = arrays.as_input(dy, "dy")
     if gradient.shape != shape:
         raise ValueError(f"dy: expected the shape of x, {shape}, got {gradient.shape}")
-    if gradient.dtype.name not in arrays.FLOATS:
+    if not gradient_form.is_float:
         raise TypeError(f"dy: expected a float dtype, got {gradient.dtype}")
     gradient = gradient.astype(dtype, copy=False)
     counted = None if mask is None or fixed else arrays.as_mask(mask, shape)
@@ -265,7 +268,6 @@ def run_backward(
         separable=True,
     )
     layout = work.layout
-    lane = cpu.lane_dtype(source.dtype)
     flat_weight = None if weight is None else _parameter(weight, "weight", layout, lane)
     stats = np.zeros((4, layout.groups))
     stats[cpu.RSTD] = _given_statistic(rstd, "rstd", layout)
@@ -302,7 +304,7 @@ def _given_statistic(value: Any, name: str, layout: Layout) -> np.ndarray:
     array = arrays.as_array(value, name)
     if array.shape != layout.stats_shape:
         raise ValueError(f"{name}: expected shape {layout.stats_shape}, got {array.shape}")
-    if array.dtype.name not in arrays.FLOATS:
+    if not is_float(array.dtype):
         raise TypeError(f"{name}: expected a float dtype, got {array.dtype}")
     if layout.stats_order is None:
         return array.reshape(-1)
@@ -311,7 +313,7 @@ def _given_statistic(value: Any, name: str, layout: Layout) -> np.ndarray:
 
 
 def _residual(value: Any, x: np.ndarray) -> np.ndarray:
-    residual = arrays.as_input(value, "residual")
+    residual, _ = arrays.as_input(value, "residual")
     if residual.shape != x.shape:
         raise ValueError(f"residual: expected the shape of x, {x.shape}, got {residual.shape}")
     if residual.dtype != x.dtype:
@@ -319,7 +321,7 @@ def _residual(value: Any, x: np.ndarray) -> np.ndarray:
     return residual
 
 
-def _parameter(value: Any, name: str, layout: Layout, lane: type[Any]) -> np.ndarray:
+def _parameter(value: Any, name: str, layout: Layout, lane: np.dtype[Any]) -> np.ndarray:
     """Return a weight or bias as the kernels read it: flat, in the lane dtype, in the order of memory of the input."""
     parameter = arrays.as_parameter(value, name, layout.affine_shape, lane)
     if layout.affine_order is not None:

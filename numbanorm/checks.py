@@ -8,13 +8,21 @@ from numbers import Integral, Real
 from typing import Any
 
 
-def normalized_axes(shape: tuple[int, ...], normalized_shape: Any, axis: Any) -> tuple[int, ...]:
-    """Check `normalized_shape` and `axis` against a shape; return the normalized axes, counted from the front."""
+@lru_cache(maxsize=4096, typed=True)  # typed: True is not 1 here
+def _quick_axes(shape: tuple[int, ...], normalized_shape: Any, axis: Any) -> tuple[int, ...]:
     wanted = lengths(normalized_shape, "normalized_shape")
     return _axes(shape, wanted, None if axis is None else integers(axis, "axis"))
 
 
-@lru_cache(maxsize=4096)
+def normalized_axes(shape: tuple[int, ...], normalized_shape: Any, axis: Any) -> tuple[int, ...]:
+    """Check `normalized_shape` and `axis` against a shape; return the normalized axes, counted from the front."""
+    try:
+        return _quick_axes(shape, normalized_shape, axis)
+    except TypeError:  # lists cannot be looked up; or the arguments are wrong, and it is raised again
+        wanted = lengths(normalized_shape, "normalized_shape")
+        return _axes(shape, wanted, None if axis is None else integers(axis, "axis"))
+
+
 def _axes(shape: tuple[int, ...], wanted: tuple[int, ...], axis: tuple[int, ...] | None) -> tuple[int, ...]:
     ndim = len(shape)
     axes = tuple(range(ndim - len(wanted), ndim)) if axis is None else axis

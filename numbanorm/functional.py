@@ -195,7 +195,7 @@ def group_norm(
     """
     options = (integer(channel_axis, "channel_axis"), integer(num_groups, "num_groups"), None)
     eps = check_eps(eps)
-    call = Call("group", options, x, arrays.as_input(x, "x"), weight, bias, mask=mask, out=out)
+    call = Call("group", options, x, *arrays.as_input(x, "x"), weight, bias, mask=mask, out=out)
     return call.result(call.forward(eps), return_stats)
 
 
@@ -265,10 +265,10 @@ def layer_norm(
     array([[-1., -1.],
            [ 1.,  1.]])
     """
-    source = arrays.as_input(x, "x")
+    source, form = arrays.as_input(x, "x")
     options = (1, None, normalized_axes(source.shape, normalized_shape, axis))
     eps = check_eps(eps)
-    call = Call("layer", options, x, source, weight, bias, mask=mask, residual=residual, out=out)
+    call = Call("layer", options, x, source, form, weight, bias, mask=mask, residual=residual, out=out)
     return call.result(call.forward(eps), return_stats)
 
 
@@ -323,10 +323,10 @@ def rms_norm(
     >>> nn.rms_norm(np.array([[3.0, 4.0]]), 2, eps=0.0) * np.sqrt(12.5)
     array([[3., 4.]])
     """
-    source = arrays.as_input(x, "x")
+    source, form = arrays.as_input(x, "x")
     options = (1, None, normalized_axes(source.shape, normalized_shape, axis))
-    eps = arrays.machine_epsilon(source.dtype) if eps is None else check_eps(eps)
-    call = Call("rms", options, x, source, weight, None, residual=residual, out=out)
+    eps = form.epsilon if eps is None else check_eps(eps)
+    call = Call("rms", options, x, source, form, weight, None, residual=residual, out=out)
     return call.result(call.forward(eps), return_stats)
 
 
@@ -388,7 +388,7 @@ def batch_norm_backward(
     (array([ 0.1763, -0.2204,  0.0441]), array([1.]))
     """
     options = (integer(channel_axis, "channel_axis"), None, None)
-    return run_backward("batch", options, dy, x, arrays.as_input(x, "x"), mean, rstd, weight, mask, fixed=not training)
+    return run_backward("batch", options, dy, x, *arrays.as_input(x, "x"), mean, rstd, weight, mask, fixed=not training)
 
 
 def instance_norm_backward(
@@ -424,7 +424,7 @@ def instance_norm_backward(
     array([ 0.1763, -0.2204,  0.0441])
     """
     options = (integer(channel_axis, "channel_axis"), None, None)
-    return run_backward("instance", options, dy, x, arrays.as_input(x, "x"), mean, rstd, weight, mask)
+    return run_backward("instance", options, dy, x, *arrays.as_input(x, "x"), mean, rstd, weight, mask)
 
 
 def group_norm_backward(
@@ -470,7 +470,7 @@ def group_norm_backward(
     array([[ 0.1763, -0.2204,  0.0441]])
     """
     options = (integer(channel_axis, "channel_axis"), integer(num_groups, "num_groups"), None)
-    return run_backward("group", options, dy, x, arrays.as_input(x, "x"), mean, rstd, weight, mask)
+    return run_backward("group", options, dy, x, *arrays.as_input(x, "x"), mean, rstd, weight, mask)
 
 
 def layer_norm_backward(
@@ -522,9 +522,9 @@ def layer_norm_backward(
     >>> np.round(dx, 4)
     array([[ 0.1763, -0.2204,  0.0441]])
     """
-    source = arrays.as_input(x, "x")
+    source, form = arrays.as_input(x, "x")
     options = (1, None, normalized_axes(source.shape, normalized_shape, axis))
-    return run_backward("layer", options, dy, x, source, mean, rstd, weight, mask)
+    return run_backward("layer", options, dy, x, source, form, mean, rstd, weight, mask)
 
 
 def rms_norm_backward(
@@ -561,6 +561,6 @@ def rms_norm_backward(
     >>> np.round(dx, 4)
     array([[ 0.181 , -0.1358]])
     """
-    source = arrays.as_input(x, "x")
+    source, form = arrays.as_input(x, "x")
     options = (1, None, normalized_axes(source.shape, normalized_shape, axis))
-    return run_backward("rms", options, dy, x, source, None, rstd, weight, None)[:2]
+    return run_backward("rms", options, dy, x, source, form, None, rstd, weight, None)[:2]

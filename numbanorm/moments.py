@@ -184,7 +184,7 @@ class Moments:
 
 def _moments(x: Any, axis: tuple[int, ...] | None, mask: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (count, mean, M2) of one array."""
-    source = arrays.as_input(x, "x")
+    source, _ = arrays.as_input(x, "x")
     if source.ndim == 0:
         source = source.reshape(1)
     counted = None if mask is None else arrays.as_mask(mask, source.shape)

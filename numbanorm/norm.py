@@ -9,6 +9,7 @@ import numpy as np
 
 from . import arrays
 from .checks import check_eps, integer, lengths, normalized_axes, positive
+from .dtypes import is_float
 from .functional import (
     batch_norm,
     batch_norm_backward,
@@ -174,7 +175,7 @@ class Norm(metaclass=_Dispatch):
             raise ValueError("backward: expected the input of the last training call, but out= has overwritten it")
         dx, *gradients = self._gradients(dy, last)
         if dtotal is not None:
-            added = arrays.as_input(dtotal, "dtotal")
+            added = arrays.as_input(dtotal, "dtotal")[0]
             if added.shape != np.shape(dx):
                 raise ValueError(f"dtotal: expected the shape of the input, {np.shape(dx)}, got {added.shape}")
             dx = dx + dtotal
@@ -277,7 +278,7 @@ class Norm(metaclass=_Dispatch):
             return int(array.reshape(())[()])
         if array.shape != self._shape:
             raise ValueError(f"{name}: expected shape {self._shape}, got {array.shape}")
-        if array.dtype.name not in arrays.FLOATS:
+        if not is_float(array.dtype.newbyteorder("=")):
             raise TypeError(f"{name}: expected a float dtype, got {array.dtype}")
         return np.array(array, dtype=array.dtype.newbyteorder("="))
 
@@ -335,7 +336,7 @@ class _Channelwise(Norm):
         return layout
 
     def _run(self, x: Any, mask: Any, residual: Any, out: Any, return_stats: bool) -> Any:
-        source = arrays.as_input(x, "x")
+        source, _ = arrays.as_input(x, "x")
         self._layout(source.shape)
         tracked = self.num_batches_tracked
         from_input = self.training or tracked is None
@@ -516,7 +517,7 @@ class GroupNorm(Norm):
         return layout
 
     def _run(self, x: Any, mask: Any, residual: Any, out: Any, return_stats: bool) -> Any:
-        self._layout(arrays.as_input(x, "x").shape)
+        self._layout(arrays.as_input(x, "x")[0].shape)
         return group_norm(
             x,
             self.num_groups,

@@ -7,26 +7,22 @@ from typing import Any
 
 import numpy as np
 
+from ..dtypes import format_of
 from ..plan import Plan
 from . import columns, columns_backward, rows, rows_backward
-from .dtypes import NARROW, kernel_view
+from .dtypes import kernel_view
 from .jit import Kernel
 from .launch import CHUNK, TABLE_BYTES, geometry
 from .threads import launch_lock, usable_threads
 from .welford import COUNT, M2, MEAN, RSTD
 
-__all__ = ["COUNT", "M2", "MEAN", "RSTD", "apply", "backward", "forward", "lane_dtype", "statistics"]
+__all__ = ["COUNT", "M2", "MEAN", "RSTD", "apply", "backward", "forward", "statistics"]
 
 PARALLEL_FROM = 1 << 17
 """Elements from which a parallel launch pays: 128 Ki float32 take about 60 us on one thread, a launch 2 to 10 us."""
 
 MAX_SLABS = 64
 """Slabs of samples with gradients of weights of their own: enough for 64 threads."""
-
-
-def lane_dtype(dtype: np.dtype[Any]) -> type[np.floating[Any]]:
-    """Return the dtype in which the kernels compute on elements of `dtype`, that of weight and bias."""
-    return np.float32 if dtype.name in NARROW else np.float64
 
 
 def forward(
@@ -65,7 +61,7 @@ def forward(
     layout = plan.layout
     centred = layout.centred
     geo = geometry(plan, weight is not None or bias is not None)
-    weight, bias = _affine(layout.size, lane_dtype(x.dtype), weight, bias)
+    weight, bias = _affine(plan, x, weight, bias)
     stats = np.empty((4, layout.groups))
     x, y = kernel_view(x), kernel_view(y)
     threads = _threads(plan)
@@ -94,7 +90,7 @@ def forward(
 def statistics(plan: Plan, x: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
     """Return the statistics of a flat span as `forward` does, with eps 0."""
     geo = geometry(plan, False)
-    weight, _ = _affine(1, lane_dtype(x.dtype), None, None)
+    weight, _ = _affine(plan, x, None, None)
     stats = np.empty((4, plan.layout.groups))
     _split_statistics(plan, geo, _threads(plan), kernel_view(x), mask, weight, stats, 0.0, plan.layout.centred)
     return stats
@@ -110,7 +106,7 @@ def apply(
 ) -> None:
     """Normalize `x` into `y` with given statistics."""
     geo = geometry(plan, weight is not None or bias is not None)
-    weight, bias = _affine(plan.layout.size, lane_dtype(x.dtype), weight, bias)
+    weight, bias = _affine(plan, x, weight, bias)
     kernel = columns.apply if plan.columns else rows.apply
     _run(kernel, _threads(plan), kernel_view(x), kernel_view(y), weight, bias, stats, geo)
 
@@ -148,7 +144,7 @@ def backward(
     """
     layout = plan.layout
     geo = geometry(plan, True)
-    weight = _constant(layout.size, lane_dtype(x.dtype), 1) if weight is None else weight
+    weight = _constant(layout.size, _lane(x), 1) if weight is None else weight
     dy, x, dx = kernel_view(dy), kernel_view(x), kernel_view(dx)
     threads = _threads(plan)
     k0, _, k1, r1 = layout.view
@@ -173,7 +169,7 @@ def backward(
         table = np.empty((layout.groups, int(geo[0]["chunks"]), 2))
         sums = np.empty((2, layout.groups))
         # A group of one channel is summed without its weight: these sums are the gradients too.
-        factor = weight if long else _constant(layout.size, lane_dtype(x.dtype), 1)
+        factor = weight if long else _constant(layout.size, _lane(x), 1)
         _run(rows_backward.chunk_sums, threads, dy, x, factor, stats, table, geo)
         _run(rows_backward.merge_sums, 1, table, sums)
         if long:
@@ -239,12 +235,21 @@ def _threads(plan: Plan) -> int:
 
 
 def _affine(
-    size: int, dtype: type[Any], weight: np.ndarray | None, bias: np.ndarray | None
+    plan: Plan, x: np.ndarray, weight: np.ndarray | None, bias: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Put ones and zeros in the place of an absent weight and bias; one of each where both are absent."""
-    if weight is None and bias is None:
-        size = 1
-    return _constant(size, dtype, 1) if weight is None else weight, _constant(size, dtype, 0) if bias is None else bias
+    if weight is not None and bias is not None:
+        return weight, bias
+    size = 1 if weight is bias else plan.layout.size
+    return _constant(size, _lane(x), 1) if weight is None else weight, _constant(
+        size, _lane(x), 0
+    ) if bias is None else bias
+
+
+def _lane(x: np.ndarray) -> Any:
+    form = format_of(x.dtype)
+    assert form is not None
+    return form.lane
 
 
 @lru_cache(maxsize=64)

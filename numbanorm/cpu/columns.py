@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from .dtypes import deviation, lane, load, split_deviation, store
+from .dtypes import counts, deviation, lane, load, pointer, split_deviation, store
 from .jit import Kernel, elementwise, lanes, scalar
 from .rows import FLOAT32_SAFE
 from .welford import COUNT, HUGE, M2, MEAN, POOR, PREFIX, RSTD, TINY, merge, rstd_of
@@ -38,61 +38,58 @@ def _block_moments(sums, moments, x, start, stride, rows, width, mask, mask_star
     """
     zero = lane(x, 0.0)
     one = lane(x, 1.0)
-    shift = sums[_SHIFT : _SHIFT + width]
-    s = sums[_SUM : _SUM + width]
-    q = sums[_SQUARES : _SQUARES + width]
-    seen = sums[_SEEN : _SEEN + width]
     for i in range(width):
-        s[i] = zero
-        q[i] = zero
-        seen[i] = zero
+        store(sums, _SUM + i, zero)
+        store(sums, _SQUARES + i, zero)
+        store(sums, _SEEN + i, zero)
     r = 0
     whole_rows = 0
     while r < rows:
-        o = start + r * stride
-        a = x[o : o + width]
+        a = start + r * stride
         if mask is None and r + 4 <= rows:
-            b = x[o + stride : o + stride + width]
-            c = x[o + 2 * stride : o + 2 * stride + width]
-            e = x[o + 3 * stride : o + 3 * stride + width]
+            b = a + stride
+            c = b + stride
+            e = c + stride
             for i in range(width):
-                k = shift[i]
-                da = deviation(a, i, k)
-                db = deviation(b, i, k)
-                dc = deviation(c, i, k)
-                de = deviation(e, i, k)
-                s[i] += (da + db) + (dc + de)
-                q[i] += (da * da + db * db) + (dc * dc + de * de)
+                k = load(sums, _SHIFT + i)
+                da = deviation(x, a + i, k)
+                db = deviation(x, b + i, k)
+                dc = deviation(x, c + i, k)
+                de = deviation(x, e + i, k)
+                store(sums, _SUM + i, load(sums, _SUM + i) + ((da + db) + (dc + de)))
+                squares = (da * da + db * db) + (dc * dc + de * de)
+                store(sums, _SQUARES + i, load(sums, _SQUARES + i) + squares)
             whole_rows += 4
             r += 4
             continue
         if mask is not None and mask_step != 0:
-            m = mask[mask_start + r * mask_stride : mask_start + r * mask_stride + width]
+            m = mask_start + r * mask_stride
             for i in range(width):
-                d = deviation(a, i, shift[i]) if m[i] else zero
-                seen[i] += one if m[i] else zero
-                s[i] += d
-                q[i] += d * d
-        elif mask is None or mask[mask_start + r * mask_stride]:
+                counted = counts(mask, m + i)
+                d = deviation(x, a + i, load(sums, _SHIFT + i)) if counted else zero
+                store(sums, _SEEN + i, load(sums, _SEEN + i) + (one if counted else zero))
+                store(sums, _SUM + i, load(sums, _SUM + i) + d)
+                store(sums, _SQUARES + i, load(sums, _SQUARES + i) + d * d)
+        elif mask is None or counts(mask, mask_start + r * mask_stride):
             for i in range(width):
-                d = deviation(a, i, shift[i])
-                s[i] += d
-                q[i] += d * d
+                d = deviation(x, a + i, load(sums, _SHIFT + i))
+                store(sums, _SUM + i, load(sums, _SUM + i) + d)
+                store(sums, _SQUARES + i, load(sums, _SQUARES + i) + d * d)
             whole_rows += 1
         r += 1
     bad = 0
     for i in range(width):
-        n = np.float64(seen[i]) + np.float64(whole_rows)
-        block_s = np.float64(s[i])
-        block_q = np.float64(q[i])
+        n = np.float64(load(sums, _SEEN + i)) + np.float64(whole_rows)
+        block_s = np.float64(load(sums, _SUM + i))
+        block_q = np.float64(load(sums, _SQUARES + i))
         offset = block_s / max(n, 1.0) if centred else 0.0
         trusted = (block_q > TINY) & (block_q < HUGE) & (block_s * offset <= POOR * block_q)
         good = trusted | (n == 0.0)
         bad += 0 if good else 1
-        seen[i] = one if good else zero  # from here on: whether the lane's moments stand
-        moments[_BLOCK + _N + i] = n
-        moments[_BLOCK + _MEAN + i] = np.float64(shift[i]) + offset
-        moments[_BLOCK + _M2 + i] = block_q - block_s * offset
+        store(sums, _SEEN + i, one if good else zero)  # from here on: whether the lane's moments stand
+        store(moments, _BLOCK + _N + i, n)
+        store(moments, _BLOCK + _MEAN + i, np.float64(load(sums, _SHIFT + i)) + offset)
+        store(moments, _BLOCK + _M2 + i, block_q - block_s * offset)
     return bad
 
 
@@ -111,18 +108,18 @@ def _exact_moments(sums, moments, x, start, stride, rows, width, mask, mask_star
         m2[i] = 0.0
         pivot[i] = np.nan if centred else 0.0
     for r in range(rows if centred else 0):  # a lane's first element: sums around it are exactly 0 if all are equal
-        run = x[start + r * stride : start + r * stride + width]
+        run = start + r * stride
         at = mask_start + r * mask_stride
         for i in range(width):
-            seen = True if mask is None else mask[at + i * mask_step]
-            pivot[i] = np.float64(load(run, i)) if seen and np.isnan(pivot[i]) else pivot[i]
+            seen = True if mask is None else counts(mask, at + i * mask_step)
+            pivot[i] = np.float64(load(x, run + i)) if seen and np.isnan(pivot[i]) else pivot[i]
     for squares in range(0 if centred else 1, 2):
         for r in range(rows):
-            run = x[start + r * stride : start + r * stride + width]
+            run = start + r * stride
             at = mask_start + r * mask_stride
             for i in range(width):
-                seen = True if mask is None else mask[at + i * mask_step]
-                d = deviation(run, i, mean[i] if squares == 1 else pivot[i]) if seen else 0.0
+                seen = True if mask is None else counts(mask, at + i * mask_step)
+                d = deviation(x, run + i, mean[i] if squares == 1 else pivot[i]) if seen else 0.0
                 if squares == 1:
                     m2[i] += d * d
                 else:
@@ -141,21 +138,21 @@ def _exact_moments(sums, moments, x, start, stride, rows, width, mask, mask_star
 def _merge_lanes(moments, into, part, width):
     """Merge the moments at `part` into those at `into`, lane by lane, by Chan's formula."""
     for i in range(width):
-        n = moments[into + _N + i]
-        m = moments[part + _N + i]
-        mean = moments[into + _MEAN + i]
-        part_mean = moments[part + _MEAN + i]
-        m2 = moments[into + _M2 + i]
-        part_m2 = moments[part + _M2 + i]
+        n = load(moments, into + _N + i)
+        m = load(moments, part + _N + i)
+        mean = load(moments, into + _MEAN + i)
+        part_mean = load(moments, part + _MEAN + i)
+        m2 = load(moments, into + _M2 + i)
+        part_m2 = load(moments, part + _M2 + i)
         count = n + m
         share = m / max(count, 1.0)
         delta = part_mean - mean
         merged_mean = mean + delta * share
         merged_m2 = m2 + part_m2 + delta * delta * n * share
         # Where one side is empty the other stands as it is: a mean that is Inf times a count of 0 would be NaN.
-        moments[into + _N + i] = count
-        moments[into + _MEAN + i] = mean if m == 0.0 else (part_mean if n == 0.0 else merged_mean)
-        moments[into + _M2 + i] = m2 if m == 0.0 else (part_m2 if n == 0.0 else merged_m2)
+        store(moments, into + _N + i, count)
+        store(moments, into + _MEAN + i, mean if m == 0.0 else (part_mean if n == 0.0 else merged_mean))
+        store(moments, into + _M2 + i, m2 if m == 0.0 else (part_m2 if n == 0.0 else merged_m2))
 
 
 @scalar
@@ -221,10 +218,10 @@ def _close_groups(moments, g, k0, first, width, stats, eps):
 
 
 @elementwise
-def _write_tile(x, y, weight, bias, stats, g, k0, first, width, chunk_start, chunk_stop):
-    """Normalize chunks of rows of a tile, in lanes; in float64 the lanes whose rstd float32 cannot hold."""
+def _write_tile(lanes_of, x, y, weight, bias, stats, g, k0, first, width, chunk_start, chunk_stop):
+    """Normalize chunks of rows of a tile, in lanes (of the dtype of `lanes_of`); in float64 where float32 overflows."""
     by_row = g.inner % g.lanes == 0
-    params = np.empty(4 * TILE, weight.dtype)
+    params = np.empty(4 * TILE, lanes_of.dtype)
     unsafe = np.empty(TILE, np.int64)
     exact = np.empty(TILE, np.float64)
     unsafe_count = 0
@@ -239,8 +236,8 @@ def _write_tile(x, y, weight, bias, stats, g, k0, first, width, chunk_start, chu
         channel = 0 if by_row else (first + i) // g.inner % g.size
         params[_HI + i] = hi
         params[_LO + i] = mean - np.float64(hi)
-        params[_SCALE + i] = rstd if by_row else rstd * weight[channel]
-        params[_BIAS + i] = 0.0 if by_row else bias[channel]
+        params[_SCALE + i] = rstd if by_row else rstd * load(weight, channel)
+        params[_BIAS + i] = 0.0 if by_row else load(bias, channel)
     row_weight = lane(x, 1.0)
     row_bias = lane(x, 0.0)
     r_stop = min(chunk_stop * g.chunk_rows, g.rows)
@@ -249,8 +246,8 @@ def _write_tile(x, y, weight, bias, stats, g, k0, first, width, chunk_start, chu
         wide = tail if r == r_stop else width
         if by_row:
             channel = (k0 * g.rows + r) * g.lanes // g.inner % g.size
-            row_weight = weight[channel]
-            row_bias = bias[channel]
+            row_weight = load(weight, channel)
+            row_bias = load(bias, channel)
         x_at = g.x_start + k0 * g.x_K0 + r * g.x_R0 + first
         y_at = g.y_start + k0 * g.y_K0 + r * g.y_R0 + first
         for u in range(unsafe_count):  # before the row is written: x and y may be one array
@@ -258,17 +255,16 @@ def _write_tile(x, y, weight, bias, stats, g, k0, first, width, chunk_start, chu
             group = k0 * g.K1 + (first + i) // g.R1 % g.K1
             if i < wide:
                 exact[u] = deviation(x, x_at + i, stats[MEAN, group]) * stats[RSTD, group]
-        a = x[x_at : x_at + wide]
-        b = y[y_at : y_at + wide]
         for i in range(wide):
-            d = split_deviation(a, i, params[_HI + i], params[_LO + i])
-            store(b, i, d * params[_SCALE + i] * row_weight + (params[_BIAS + i] + row_bias))
+            d = split_deviation(x, x_at + i, load(params, _HI + i), load(params, _LO + i))
+            gain = load(params, _SCALE + i) * row_weight
+            store(y, y_at + i, d * gain + (load(params, _BIAS + i) + row_bias))
         for u in range(unsafe_count):
             i = unsafe[u]
             channel = (first + i) // g.inner % g.size
-            w = row_weight if by_row else weight[channel]
+            w = row_weight if by_row else load(weight, channel)
             if i < wide:
-                store(b, i, exact[u] * w + (params[_BIAS + i] + row_bias))
+                store(y, y_at + i, exact[u] * w + (params[_BIAS + i] + row_bias))
 
 
 @scalar
@@ -282,10 +278,11 @@ def _forward_tile(unit, x, y, mask, weight, bias, stats, geometry, eps, centred)
     sums = np.empty(4 * TILE, weight.dtype)
     moments = np.zeros(12 * TILE)
     for chunk in range(g.chunks):
-        _chunk_moments(moments, sums, x, mask, g, k0, first, width, chunk, centred)
+        _chunk_moments(moments, sums, pointer(x), pointer(mask), g, k0, first, width, chunk, centred)
         _merge_lanes(moments, _TOTAL, _CHUNK, width)
     _close_groups(moments, g, k0, first, width, stats, eps)
-    _write_tile(x, y, weight, bias, stats, g, k0, first, width, 0, g.chunks)
+    p_weight, p_bias = pointer(weight), pointer(bias)
+    _write_tile(weight, pointer(x), pointer(y), p_weight, p_bias, stats, g, k0, first, width, 0, g.chunks)
 
 
 @Kernel
@@ -306,7 +303,7 @@ def _store_chunk(unit, x, mask, weight, table, geometry, centred):
     width = min(g.tile, g.lanes - first)
     sums = np.empty(4 * TILE, weight.dtype)
     scratch = np.empty(12 * TILE)
-    _chunk_moments(scratch, sums, x, mask, g, tile // tiles, first, width, chunk, centred)
+    _chunk_moments(scratch, sums, pointer(x), pointer(mask), g, tile // tiles, first, width, chunk, centred)
     for row in range(3):
         for i in range(width):
             table[tile, chunk, row, i] = scratch[_CHUNK + row * TILE + i]
@@ -350,7 +347,8 @@ def _apply_unit(unit, x, y, weight, bias, stats, geometry):
     chunk = unit // tiles % g.chunks
     k0 = unit // (tiles * g.chunks)
     width = min(g.tile, g.lanes - first)
-    _write_tile(x, y, weight, bias, stats, g, k0, first, width, chunk, chunk + 1)
+    p_weight, p_bias = pointer(weight), pointer(bias)
+    _write_tile(weight, pointer(x), pointer(y), p_weight, p_bias, stats, g, k0, first, width, chunk, chunk + 1)
 
 
 @Kernel

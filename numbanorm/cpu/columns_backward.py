@@ -10,7 +10,7 @@ import numpy as np
 from numba import prange
 
 from .columns import TILE
-from .dtypes import lane, load, split_deviation, store
+from .dtypes import counts, lane, load, pointer, split_deviation, store
 from .jit import Kernel, elementwise, lanes, scalar
 from .welford import COUNT, MEAN, RSTD
 
@@ -31,7 +31,7 @@ def _spread(scratch, x, weight, stats, g, k0, first, width, by_row):
         scratch[_HI + i] = hi
         scratch[_LO + i] = mean - np.float64(hi)
         scratch[_SCALE + i] = stats[RSTD, group]
-        scratch[_GAIN + i] = 1.0 if by_row else weight[(first + i) // g.inner % g.size]
+        scratch[_GAIN + i] = 1.0 if by_row else load(weight, (first + i) // g.inner % g.size)
 
 
 @lanes
@@ -55,29 +55,34 @@ def _chunk_sums(sums, scratch, dy, x, weight, gradients, g, k0, first, width, ch
             wide = tail if r == r_stop else width
             x_at = g.x_start + k0 * g.x_K0 + r * g.x_R0 + first
             dy_at = g.y_start + k0 * g.y_K0 + r * g.y_R0 + first
-            xs = x[x_at : x_at + wide]
-            ds = dy[dy_at : dy_at + wide]
             if by_row:
                 channel = (k0 * g.rows + r) * g.lanes // g.inner % g.size
-                w = weight[channel]
+                w = load(weight, channel)
                 a = b = zero
                 for i in range(wide):
-                    d = load(ds, i)
+                    d = load(dy, dy_at + i)
                     a += d
-                    b += d * (split_deviation(xs, i, scratch[_HI + i], scratch[_LO + i]) * scratch[_SCALE + i])
+                    b += d * (
+                        split_deviation(x, x_at + i, load(scratch, _HI + i), load(scratch, _LO + i))
+                        * load(scratch, _SCALE + i)
+                    )
                 gradients[0, channel] += b
                 gradients[1, channel] += a
                 for i in range(wide):
-                    d = load(ds, i) * w
-                    h = split_deviation(xs, i, scratch[_HI + i], scratch[_LO + i]) * scratch[_SCALE + i]
-                    scratch[_A + i] += d
-                    scratch[_B + i] += d * h
+                    d = load(dy, dy_at + i) * w
+                    h = split_deviation(x, x_at + i, load(scratch, _HI + i), load(scratch, _LO + i)) * load(
+                        scratch, _SCALE + i
+                    )
+                    store(scratch, _A + i, load(scratch, _A + i) + d)
+                    store(scratch, _B + i, load(scratch, _B + i) + d * h)
             else:
                 for i in range(wide):
-                    d = load(ds, i)
-                    h = split_deviation(xs, i, scratch[_HI + i], scratch[_LO + i]) * scratch[_SCALE + i]
-                    scratch[_A + i] += d
-                    scratch[_B + i] += d * h
+                    d = load(dy, dy_at + i)
+                    h = split_deviation(x, x_at + i, load(scratch, _HI + i), load(scratch, _LO + i)) * load(
+                        scratch, _SCALE + i
+                    )
+                    store(scratch, _A + i, load(scratch, _A + i) + d)
+                    store(scratch, _B + i, load(scratch, _B + i) + d * h)
         for i in range(width):
             sums[i] += scratch[_A + i]
             sums[TILE + i] += scratch[_B + i]
@@ -96,7 +101,7 @@ def _close_groups(total, groups, scratch, weight, stats, gradients, g, k0, first
         w = 1.0
         if not by_row:
             channel = (first + i) // g.inner % g.size
-            w = weight[channel]
+            w = load(weight, channel)
             gradients[0, channel] += total[TILE + i]
             gradients[1, channel] += total[i]
         groups[group] += w * total[i]
@@ -125,30 +130,34 @@ def _emit_chunk(scratch, dy, x, dx, mask, weight, g, k0, first, width, chunk, by
         dy_at = g.y_start + k0 * g.y_K0 + r * g.y_R0 + first
         dx_at = k0 * packed + r * g.lanes + first
         mask_at = g.mask_start + k0 * g.mask_K0 + r * g.mask_R0 + first * g.mask_R1
-        xs = x[x_at : x_at + wide]
-        ds = dy[dy_at : dy_at + wide]
-        out = dx[dx_at : dx_at + wide]
         w = one
         if by_row:
-            w = weight[(k0 * g.rows + r) * g.lanes // g.inner % g.size]
+            w = load(weight, (k0 * g.rows + r) * g.lanes // g.inner % g.size)
         if mask is not None and g.mask_R1 != 0:
-            m = mask[mask_at : mask_at + wide]
             for i in range(wide):
-                h = split_deviation(xs, i, scratch[_HI + i], scratch[_LO + i]) * scratch[_SCALE + i]
-                c = scratch[_MEAN_G + i] + h * scratch[_MEAN_GH + i] if m[i] else zero
-                store(out, i, (load(ds, i) * w * scratch[_GAIN + i] - c) * scratch[_SCALE + i])
+                h = split_deviation(x, x_at + i, load(scratch, _HI + i), load(scratch, _LO + i)) * load(
+                    scratch, _SCALE + i
+                )
+                c = load(scratch, _MEAN_G + i) + h * load(scratch, _MEAN_GH + i) if counts(mask, mask_at + i) else zero
+                store(
+                    dx, dx_at + i, (load(dy, dy_at + i) * w * load(scratch, _GAIN + i) - c) * load(scratch, _SCALE + i)
+                )
         else:
-            counts = one if mask is None or mask[mask_at] else zero
+            counted = one if mask is None or counts(mask, mask_at) else zero
             for i in range(wide):
-                h = split_deviation(xs, i, scratch[_HI + i], scratch[_LO + i]) * scratch[_SCALE + i]
-                c = (scratch[_MEAN_G + i] + h * scratch[_MEAN_GH + i]) * counts
-                store(out, i, (load(ds, i) * w * scratch[_GAIN + i] - c) * scratch[_SCALE + i])
+                h = split_deviation(x, x_at + i, load(scratch, _HI + i), load(scratch, _LO + i)) * load(
+                    scratch, _SCALE + i
+                )
+                c = (load(scratch, _MEAN_G + i) + h * load(scratch, _MEAN_GH + i)) * counted
+                store(
+                    dx, dx_at + i, (load(dy, dy_at + i) * w * load(scratch, _GAIN + i) - c) * load(scratch, _SCALE + i)
+                )
 
 
 @scalar
-def _backward_tile(dy, x, dx, mask, weight, stats, gradients, g, k0, first, width, by_row, centred):
-    """Take one tile: sums over its rows, then dx."""
-    scratch = np.empty(8 * TILE, weight.dtype)
+def _backward_tile(lanes_of, dy, x, dx, mask, weight, stats, gradients, g, k0, first, width, by_row, centred):
+    """Take one tile: sums over its rows, then dx; lanes are of the dtype of `lanes_of`."""
+    scratch = np.empty(8 * TILE, lanes_of.dtype)
     sums = np.empty(2 * TILE)
     total = np.zeros(2 * TILE)
     _spread(scratch, x, weight, stats, g, k0, first, width, by_row)
@@ -171,11 +180,14 @@ def _backward_unit(unit, dy, x, dx, mask, weight, stats, gradients, geometry, ce
     own = 1 if by_row else tiles  # tiles with weights of their own: they may share a slab's gradients
     slab = unit // own
     items = g.K0 * tiles // own
+    p_dy, p_x, p_dx, p_mask, p_w = pointer(dy), pointer(x), pointer(dx), pointer(mask), pointer(weight)
     for item in range(slab * items // slabs, (slab + 1) * items // slabs):
         k0 = item // tiles if by_row else item
         first = (item if by_row else unit) % tiles * g.tile
         width = min(g.tile, g.lanes - first)
-        _backward_tile(dy, x, dx, mask, weight, stats, gradients[slab], g, k0, first, width, by_row, centred)
+        _backward_tile(
+            weight, p_dy, p_x, p_dx, p_mask, p_w, stats, gradients[slab], g, k0, first, width, by_row, centred
+        )
 
 
 @Kernel
@@ -196,8 +208,9 @@ def _sum_unit(unit, dy, x, weight, stats, table, geometry):
     width = min(g.tile, g.lanes - first)
     scratch = np.empty(8 * TILE, weight.dtype)
     sums = np.empty(2 * TILE)
-    _spread(scratch, x, weight, stats, g, 0, first, width, False)
-    _chunk_sums(sums, scratch, dy, x, weight, table[0, 0], g, 0, first, width, chunk, False)
+    p_dy, p_x, p_weight = pointer(dy), pointer(x), pointer(weight)
+    _spread(scratch, p_x, p_weight, stats, g, 0, first, width, False)
+    _chunk_sums(sums, scratch, p_dy, p_x, p_weight, table[0, 0], g, 0, first, width, chunk, False)
     for i in range(width):
         table[tile, chunk, 0, i] = sums[i]
         table[tile, chunk, 1, i] = sums[TILE + i]
@@ -224,11 +237,12 @@ def _emit_unit(unit, dy, x, dx, mask, weight, stats, table, gradients, geometry,
         for i in range(width):
             total[i] += table[tile, chunk, 0, i]
             total[TILE + i] += table[tile, chunk, 1, i]
-    _spread(scratch, x, weight, stats, g, 0, first, width, False)
+    p_dy, p_x, p_dx, p_mask, p_w = pointer(dy), pointer(x), pointer(dx), pointer(mask), pointer(weight)
+    _spread(scratch, p_x, p_w, stats, g, 0, first, width, False)
     # Every chunk closes the groups for itself; the first alone adds to the gradients.
     own = gradients if unit // tiles == 0 else np.zeros(gradients.shape)
-    _close_groups(total, groups, scratch, weight, stats, own, g, 0, first, width, False, centred)
-    _emit_chunk(scratch, dy, x, dx, mask, weight, g, 0, first, width, unit // tiles, False)
+    _close_groups(total, groups, scratch, p_w, stats, own, g, 0, first, width, False, centred)
+    _emit_chunk(scratch, p_dy, p_x, p_dx, p_mask, p_w, g, 0, first, width, unit // tiles, False)
 
 
 @Kernel

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..plan import Placement, Plan
 from .columns import BLOCK_ROWS, TILE
+from .welford import BLOCK
 
 CHUNK = 16384
 """Elements a chunk of the rows kernel: 64 KiB of float32, small against L2 (1 MiB), large against a launch (2 us)."""
@@ -31,7 +32,7 @@ TABLE_BYTES = 1 << 20
 _FIELDS = """
     K0 R0 K1 R1 inner size
     x_start x_K0 x_R0 x_K1 y_start y_K0 y_R0 y_K1 mask_start mask_K0 mask_R0 mask_K1 mask_R1
-    rows lanes tail tile chunk_rows chunk_runs chunk_width chunks piece_runs
+    rows lanes tail tile chunk_rows chunk_runs chunk_width across chunks block_runs piece_runs
 """
 
 GEOMETRY = np.dtype([(name, np.int64) for name in _FIELDS.split()], align=True)
@@ -79,7 +80,9 @@ def _rows(g: np.void) -> None:
     runs = max(1, CHUNK // max(r1, 1))
     g["chunk_width"] = min(r1, CHUNK)
     g["chunk_runs"] = min(runs, r0)
-    g["chunks"] = -(-r0 // g["chunk_runs"]) * -(-r1 // g["chunk_width"])
+    g["across"] = -(-r1 // g["chunk_width"])
+    g["chunks"] = -(-r0 // g["chunk_runs"]) * g["across"]
+    g["block_runs"] = max(1, BLOCK // r1)
     g["piece_runs"] = runs
 
 

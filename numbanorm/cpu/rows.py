@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from .dtypes import deviation, lane, load, split_deviation, store
+from .dtypes import counts, deviation, lane, load, pointer, split_deviation, store
 from .jit import Kernel, elementwise, lanes, scalar
 from .welford import BLOCK, COUNT, M2, MEAN, PREFIX, RSTD, merge, rstd_of, settle
 
@@ -25,7 +25,7 @@ def _exact_moments(x, start, stride, runs, width, mask, mask_start, mask_stride,
     r = 0
     while not found:  # the first element that counts: sums around it are exactly 0 where all elements are equal
         for i in range(width):
-            seen = True if mask is None else mask[mask_start + r * mask_stride + i * mask_step]
+            seen = True if mask is None else counts(mask, mask_start + r * mask_stride + i * mask_step)
             if seen and not found:
                 pivot = np.float64(load(x, start + r * stride + i))
                 found = True
@@ -33,11 +33,11 @@ def _exact_moments(x, start, stride, runs, width, mask, mask_start, mask_stride,
     for squares in range(0 if centred else 1, 2):
         around = mean if squares == 1 else pivot
         for r in range(runs):
-            run = x[start + r * stride : start + r * stride + width]
+            run = start + r * stride
             at = mask_start + r * mask_stride
             for i in range(width):
-                seen = True if mask is None else mask[at + i * mask_step]
-                d = deviation(run, i, around) if seen else 0.0
+                seen = True if mask is None else counts(mask, at + i * mask_step)
+                d = deviation(x, run + i, around) if seen else 0.0
                 n += 1.0 if seen else 0.0
                 s += d
                 q += d * d
@@ -50,25 +50,25 @@ def _exact_moments(x, start, stride, runs, width, mask, mask_start, mask_stride,
 @lanes
 def _chunk_moments(x, mask, g, k0, k1, chunk, centred):
     """Return (count, mean, M2) of one chunk of the group (k0, k1)."""
-    across = -(-g.R1 // g.chunk_width)
-    r_start = (chunk // across) * g.chunk_runs
+    r_start = j_start = 0
+    if g.chunks > 1:
+        r_start = (chunk // g.across) * g.chunk_runs
+        j_start = (chunk % g.across) * g.chunk_width
     r_stop = min(r_start + g.chunk_runs, g.R0)
-    j_start = (chunk % across) * g.chunk_width
     j_stop = min(j_start + g.chunk_width, g.R1)
     start = g.x_start + k0 * g.x_K0 + k1 * g.x_K1
     mask_start = g.mask_start + k0 * g.mask_K0 + k1 * g.mask_K1
-    step = max(1, BLOCK // g.R1)
     zero = lane(x, 0.0)
     k = zero
     if centred:
         first = start + r_start * g.x_R0 + j_start
-        prefix = x[first : first + min(PREFIX, j_stop - j_start)]
-        for i in range(prefix.shape[0]):
-            k += load(prefix, i)
-        k /= lane(x, prefix.shape[0])
+        prefix = min(PREFIX, j_stop - j_start)
+        for i in range(prefix):
+            k += load(x, first + i)
+        k /= lane(x, prefix)
     count = mean = m2 = 0.0
-    for r in range(r_start, r_stop, step):
-        runs = min(step, r_stop - r)
+    for r in range(r_start, r_stop, g.block_runs):
+        runs = min(g.block_runs, r_stop - r)
         for j in range(j_start, j_stop, BLOCK):
             width = min(BLOCK, j_stop - j)
             at = start + r * g.x_R0 + j
@@ -76,26 +76,26 @@ def _chunk_moments(x, mask, g, k0, k1, chunk, centred):
             seen = 0
             block_s = block_q = 0.0
             for t in range(runs):
-                run = x[at + t * g.x_R0 : at + t * g.x_R0 + width]
+                run = at + t * g.x_R0
                 s = q = zero
                 if mask is None:
                     for i in range(width):
-                        d = deviation(run, i, k)
+                        d = deviation(x, run + i, k)
                         s += d
                         q += d * d
                     seen += width
                 elif g.mask_R1 == 0:
-                    if mask[mask_at + t * g.mask_R0]:
+                    if counts(mask, mask_at + t * g.mask_R0):
                         for i in range(width):
-                            d = deviation(run, i, k)
+                            d = deviation(x, run + i, k)
                             s += d
                             q += d * d
                         seen += width
                 else:
-                    counts = mask[mask_at + t * g.mask_R0 : mask_at + t * g.mask_R0 + width]
                     for i in range(width):
-                        d = deviation(run, i, k) if counts[i] else zero
-                        seen += counts[i]
+                        counted = counts(mask, mask_at + t * g.mask_R0 + i)
+                        d = deviation(x, run + i, k) if counted else zero
+                        seen += counted
                         s += d
                         q += d * d
                 block_s += s
@@ -122,30 +122,28 @@ def _normalize(x, y, weight, bias, g, k0, r0, k1, j, width, mean, rstd):
     if not 1.0 / FLOAT32_SAFE < rstd < FLOAT32_SAFE:
         for i in range(width):
             channel = (flat + i) // g.inner % g.size
-            store(y, y_start + i, deviation(x, x_start + i, mean) * rstd * weight[channel] + bias[channel])
+            store(y, y_start + i, deviation(x, x_start + i, mean) * rstd * load(weight, channel) + load(bias, channel))
         return
     hi = lane(x, mean)
     lo = lane(x, mean - np.float64(hi))
     scale = lane(x, rstd)
     done = 0
     while done < width:
-        channel = (flat + done) // g.inner % g.size
+        a = x_start + done
+        b = y_start + done
         if g.inner == 1:
+            channel = (flat + done) % g.size
             n = min(width - done, g.size - channel)
-            a = x[x_start + done : x_start + done + n]
-            b = y[y_start + done : y_start + done + n]
-            w = weight[channel : channel + n]
-            z = bias[channel : channel + n]
             for i in range(n):
-                store(b, i, split_deviation(a, i, hi, lo) * scale * w[i] + z[i])
+                d = split_deviation(x, a + i, hi, lo)
+                store(y, b + i, d * scale * load(weight, channel + i) + load(bias, channel + i))
         else:
-            n = min(width - done, g.inner - (flat + done) % g.inner)
-            a = x[x_start + done : x_start + done + n]
-            b = y[y_start + done : y_start + done + n]
-            weighted = scale * weight[channel]
-            shift = bias[channel]
+            channel = (flat + done) // g.inner
+            n = min(width - done, (channel + 1) * g.inner - (flat + done))
+            weighted = scale * load(weight, channel % g.size)
+            shift = load(bias, channel % g.size)
             for i in range(n):
-                store(b, i, split_deviation(a, i, hi, lo) * weighted + shift)
+                store(y, b + i, split_deviation(x, a + i, hi, lo) * weighted + shift)
         done += n
 
 
@@ -154,37 +152,58 @@ def _add_run(x, residual, total, g, k0, r0, k1):
     """Write one run of x + residual, rounded to the dtype of `total`, which is packed."""
     start = g.x_start + k0 * g.x_K0 + r0 * g.x_R0 + k1 * g.x_K1
     flat = ((k0 * g.R0 + r0) * g.K1 + k1) * g.R1
-    a = x[start : start + g.R1]
-    b = residual[start : start + g.R1]
-    c = total[flat : flat + g.R1]
     for i in range(g.R1):
-        store(c, i, load(a, i) + load(b, i))
+        store(total, flat + i, load(x, start + i) + load(residual, start + i))
 
 
 @scalar
-def _forward_group(group, x, residual, total, y, mask, weight, bias, stats, geometry, eps, centred):
+def _store_statistics(stats, groups, group, count, mean, m2, rstd):
+    store(stats, COUNT * groups + group, count)
+    store(stats, MEAN * groups + group, mean)
+    store(stats, M2 * groups + group, m2)
+    store(stats, RSTD * groups + group, rstd)
+
+
+@scalar
+def _forward_group(group, x, residual, total, y, mask, weight, bias, stats, g, g_total, eps, centred):
     """Take one group's statistics and write its output while it is in the cache."""
-    g = geometry[0]
     k0 = group // g.K1
-    k1 = group % g.K1
+    k1 = group - k0 * g.K1
+    groups = g.K0 * g.K1
     if residual is None:
         source = x
     else:
         for r0 in range(g.R0):
             _add_run(x, residual, total, g, k0, r0, k1)
         source = total
-        g = geometry[1]
+        g = g_total
     count = mean = m2 = 0.0
     for chunk in range(g.chunks):
         n, chunk_mean, chunk_m2 = _chunk_moments(source, mask, g, k0, k1, chunk, centred)
         count, mean, m2 = merge(count, mean, m2, n, chunk_mean, chunk_m2)
     rstd = rstd_of(count, m2, eps)
-    stats[COUNT, group] = count
-    stats[MEAN, group] = mean
-    stats[M2, group] = m2
-    stats[RSTD, group] = rstd
+    _store_statistics(stats, groups, group, count, mean, m2, rstd)
     for r0 in range(g.R0):
         _normalize(source, y, weight, bias, g, k0, r0, k1, 0, g.R1, mean, rstd)
+
+
+@scalar
+def _forward_unit(group, x, residual, total, y, mask, weight, bias, stats, geometry, eps, centred):
+    _forward_group(
+        group,
+        pointer(x),
+        pointer(residual),
+        pointer(total),
+        pointer(y),
+        pointer(mask),
+        pointer(weight),
+        pointer(bias),
+        pointer(stats),
+        geometry[0],
+        geometry[1],
+        eps,
+        centred,
+    )
 
 
 @Kernel
@@ -195,15 +214,16 @@ def forward(x, residual, total, y, mask, weight, bias, stats, geometry, eps, cen
     ``geometry[1]`` then tells how to read `total`.
     """
     for group in prange(stats.shape[1]):
-        _forward_group(np.int64(group), x, residual, total, y, mask, weight, bias, stats, geometry, eps, centred)
+        _forward_unit(np.int64(group), x, residual, total, y, mask, weight, bias, stats, geometry, eps, centred)
 
 
 @scalar
-def _store_chunk(unit, x, mask, table, geometry, centred):
+def _moments_unit(unit, x, mask, table, geometry, centred):
     g = geometry[0]
     group = unit // g.chunks
     chunk = unit % g.chunks
-    count, mean, m2 = _chunk_moments(x, mask, g, group // g.K1, group % g.K1, chunk, centred)
+    k0 = group // g.K1
+    count, mean, m2 = _chunk_moments(pointer(x), pointer(mask), g, k0, group % g.K1, chunk, centred)
     table[group, chunk, COUNT] = count
     table[group, chunk, MEAN] = mean
     table[group, chunk, M2] = m2
@@ -213,7 +233,7 @@ def _store_chunk(unit, x, mask, table, geometry, centred):
 def moments(x, mask, table, geometry, centred):
     """Write (count, mean, M2) of every chunk of every group to `table`, shape (groups, chunks, 3)."""
     for unit in prange(table.shape[0] * table.shape[1]):
-        _store_chunk(np.int64(unit), x, mask, table, geometry, centred)
+        _moments_unit(np.int64(unit), x, mask, table, geometry, centred)
 
 
 @Kernel
@@ -224,40 +244,45 @@ def merge_chunks(table, stats, geometry, eps):
         for chunk in range(1, table.shape[1]):
             n, chunk_mean, chunk_m2 = table[group, chunk, COUNT], table[group, chunk, MEAN], table[group, chunk, M2]
             count, mean, m2 = merge(count, mean, m2, n, chunk_mean, chunk_m2)
-        stats[COUNT, group] = count
-        stats[MEAN, group] = mean
-        stats[M2, group] = m2
-        stats[RSTD, group] = rstd_of(count, m2, eps)
+        _store_statistics(pointer(stats), stats.shape[1], group, count, mean, m2, rstd_of(count, m2, eps))
 
 
 @scalar
-def _apply_piece(piece, x, y, weight, bias, stats, geometry):
-    g = geometry[0]
-    across = -(-g.R1 // g.chunk_width)
-    first = piece // across * g.piece_runs
-    j = piece % across * g.chunk_width
+def _apply_piece(piece, x, y, weight, bias, stats, g):
+    """Normalize some runs, or a part of one, with given statistics."""
+    first = piece // g.across * g.piece_runs
+    j = piece % g.across * g.chunk_width
     width = min(g.chunk_width, g.R1 - j)
+    groups = g.K0 * g.K1
     for run in range(first, min(first + g.piece_runs, g.K0 * g.R0 * g.K1)):
         k1 = run % g.K1
         k0 = run // (g.K1 * g.R0)
-        group = k0 * g.K1 + k1
         r0 = run // g.K1 % g.R0
-        _normalize(x, y, weight, bias, g, k0, r0, k1, j, width, stats[MEAN, group], stats[RSTD, group])
+        group = k0 * g.K1 + k1
+        mean = load(stats, MEAN * groups + group)
+        rstd = load(stats, RSTD * groups + group)
+        _normalize(x, y, weight, bias, g, k0, r0, k1, j, width, mean, rstd)
+
+
+@scalar
+def _apply_unit(piece, x, y, weight, bias, stats, geometry):
+    g = geometry[0]
+    _apply_piece(piece, pointer(x), pointer(y), pointer(weight), pointer(bias), pointer(stats), g)
 
 
 @Kernel
 def apply(x, y, weight, bias, stats, geometry):
     """Normalize with given statistics, piece by piece in the order of memory."""
     g = geometry[0]
-    pieces = -(-(g.K0 * g.R0 * g.K1) // g.piece_runs) * -(-g.R1 // g.chunk_width)
+    pieces = -(-(g.K0 * g.R0 * g.K1) // g.piece_runs) * g.across
     for piece in prange(pieces):
-        _apply_piece(np.int64(piece), x, y, weight, bias, stats, geometry)
+        _apply_unit(np.int64(piece), x, y, weight, bias, stats, geometry)
 
 
 @scalar
 def _add_unit(run, x, residual, total, geometry):
     g = geometry[0]
-    _add_run(x, residual, total, g, run // (g.K1 * g.R0), run // g.K1 % g.R0, run % g.K1)
+    _add_run(pointer(x), pointer(residual), pointer(total), g, run // (g.K1 * g.R0), run // g.K1 % g.R0, run % g.K1)
 
 
 @Kernel

@@ -18,7 +18,7 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from .dtypes import lane, load, split_deviation, store
+from .dtypes import counts, lane, load, pointer, split_deviation, store
 from .jit import Kernel, elementwise, lanes, scalar
 from .welford import BLOCK, COUNT, MEAN, RSTD
 
@@ -27,17 +27,15 @@ FLUSH = 32
 
 
 @lanes
-def _chunk_sums(sums, dy, x, weight, g, k0, k1, chunk, mean, rstd):
+def _chunk_sums(sums, channels, dy, x, weight, g, k0, k1, chunk, mean, rstd):
     """Sum one chunk of a group: dy and dy * h for each of its channels, or of all, weighted, where weights lie along.
 
-    `sums` holds the first sum of every channel, then the second.
+    `sums` takes the first sum of every channel, then the second.
     """
-    channels = sums.shape[0] // 2
     for c in range(2 * channels):
-        sums[c] = 0.0
-    across = -(-g.R1 // g.chunk_width)
-    r_start = (chunk // across) * g.chunk_runs
-    j_start = (chunk % across) * g.chunk_width
+        store(sums, c, 0.0)
+    r_start = (chunk // g.across) * g.chunk_runs
+    j_start = (chunk % g.across) * g.chunk_width
     j_stop = min(j_start + g.chunk_width, g.R1)
     hi = lane(x, mean)
     lo = lane(x, mean - np.float64(hi))
@@ -52,30 +50,27 @@ def _chunk_sums(sums, dy, x, weight, g, k0, k1, chunk, mean, rstd):
             width = min(j_stop - j, BLOCK)
             if g.inner == 1:
                 first = (k1 * g.R1 + j) % g.size
-                w = weight[first : first + width]
-                xs = x[x_start + j : x_start + j + width]
-                ds = dy[dy_start + j : dy_start + j + width]
                 for i in range(width):
-                    d = load(ds, i) * w[i]
+                    d = load(dy, dy_start + j + i) * load(weight, first + i)
                     a += d
-                    b += d * (split_deviation(xs, i, hi, lo) * scale)
+                    b += d * (split_deviation(x, x_start + j + i, hi, lo) * scale)
             else:
                 width = min(width, g.inner - j % g.inner)
                 channel = j // g.inner
-                xs = x[x_start + j : x_start + j + width]
-                ds = dy[dy_start + j : dy_start + j + width]
                 for i in range(width):
-                    d = load(ds, i)
+                    d = load(dy, dy_start + j + i)
                     a += d
-                    b += d * (split_deviation(xs, i, hi, lo) * scale)
-            sums[channel] += a
-            sums[channels + channel] += b
+                    b += d * (split_deviation(x, x_start + j + i, hi, lo) * scale)
+            store(sums, channel, load(sums, channel) + a)
+            store(sums, channels + channel, load(sums, channels + channel) + b)
             j += width
 
 
 @elementwise
-def _emit(dy, x, dx, mask, weight, products, g, k0, r0, k1, start, stop, mean, rstd, mean_g, mean_gh):
-    """Write dx of one run from `start` to `stop`, block by block; add to `products` where weights lie along the run.
+def _emit(dy, x, dx, mask, weight, products, half, g, k0, r0, k1, start, stop, mean, rstd, mean_g, mean_gh):
+    """Write dx of one run from `start` to `stop`, block by block; where weights lie along the run, add to `products`.
+
+    `products` takes `half` sums of dy * h, then as many of dy; none if `half` is 0.
 
     Two loops, not one: with every array in it, LLVM would need too many checks of pointers and not vectorize.
     """
@@ -87,47 +82,44 @@ def _emit(dy, x, dx, mask, weight, products, g, k0, r0, k1, start, stop, mean, r
     lo = lane(x, mean - np.float64(hi))
     scale = lane(x, rstd)
     zero = lane(x, 0.0)
-    half = products.shape[0] // 2
     j = start
     while j < stop:
         width = min(stop - j, BLOCK)
-        w = weight[0:0]
+        first = 0
         gain = zero
         if g.inner == 1:
             first = (k1 * g.R1 + j) % g.size
-            w = weight[first : first + width]
         else:
             width = min(width, g.inner - j % g.inner)
-            gain = weight[(k1 * g.R1 + j) // g.inner % g.size]
-        xs = x[x_start + j : x_start + j + width]
-        ds = dy[dy_start + j : dy_start + j + width]
-        out = dx[dx_start + j : dx_start + j + width]
+            gain = load(weight, (k1 * g.R1 + j) // g.inner % g.size)
+        a = x_start + j
+        b = dy_start + j
+        out = dx_start + j
         if half > 0:
-            pw = products[j - start : j - start + width]
-            pb = products[half + j - start : half + j - start + width]
+            p = j - start
             for i in range(width):
-                d = load(ds, i)
-                pw[i] += d * (split_deviation(xs, i, hi, lo) * scale)
-                pb[i] += d
+                d = load(dy, b + i)
+                h = split_deviation(x, a + i, hi, lo) * scale
+                store(products, p + i, load(products, p + i) + d * h)
+                store(products, half + p + i, load(products, half + p + i) + d)
         c = lane(x, mean_g)
         e = lane(x, mean_gh)
         if mask is not None and g.mask_R1 != 0:
-            m = mask[mask_start + j : mask_start + j + width]
             for i in range(width):
-                h = split_deviation(xs, i, hi, lo) * scale
-                d = load(ds, i) * (w[i] if g.inner == 1 else gain)
-                store(out, i, (d - (c + h * e if m[i] else zero)) * scale)
+                h = split_deviation(x, a + i, hi, lo) * scale
+                d = load(dy, b + i) * (load(weight, first + i) if g.inner == 1 else gain)
+                store(dx, out + i, (d - (c + h * e if counts(mask, mask_start + j + i) else zero)) * scale)
         else:
-            if mask is not None and not mask[mask_start]:
+            if mask is not None and not counts(mask, mask_start):
                 c = e = zero
             if g.inner == 1:
                 for i in range(width):
-                    h = split_deviation(xs, i, hi, lo) * scale
-                    store(out, i, (load(ds, i) * w[i] - (c + h * e)) * scale)
+                    h = split_deviation(x, a + i, hi, lo) * scale
+                    store(dx, out + i, (load(dy, b + i) * load(weight, first + i) - (c + h * e)) * scale)
             else:
                 for i in range(width):
-                    h = split_deviation(xs, i, hi, lo) * scale
-                    store(out, i, (load(ds, i) * gain - (c + h * e)) * scale)
+                    h = split_deviation(x, a + i, hi, lo) * scale
+                    store(dx, out + i, (load(dy, b + i) * gain - (c + h * e)) * scale)
         j += width
 
 
@@ -160,7 +152,11 @@ def _backward_unit(unit, dy, x, dx, mask, weight, stats, gradients, geometry, ce
     first = k1 * g.R1 // g.inner % g.size
     sums = np.empty(2 * channels)
     total = np.empty(2 * channels)
-    products = np.zeros(2 * g.R1 if along else 0, weight.dtype)
+    half = g.R1 if along else 0
+    products = np.zeros(2 * half, weight.dtype)
+    # Each array below is used, as an array, after the last call that got its pointer: so it is still alive then.
+    p_dy, p_x, p_dx, p_mask, p_weight = pointer(dy), pointer(x), pointer(dx), pointer(mask), pointer(weight)
+    p_sums, p_products = pointer(sums), pointer(products)
     start = slab * g.K0 // slabs
     for k0 in range(start, (slab + 1) * g.K0 // slabs):
         group = k0 * g.K1 + k1
@@ -168,7 +164,7 @@ def _backward_unit(unit, dy, x, dx, mask, weight, stats, gradients, geometry, ce
         rstd = stats[RSTD, group]
         total[:] = 0.0
         for chunk in range(g.chunks):
-            _chunk_sums(sums, dy, x, weight, g, k0, k1, chunk, mean, rstd)
+            _chunk_sums(p_sums, channels, p_dy, p_x, p_weight, g, k0, k1, chunk, mean, rstd)
             for c in range(2 * channels):
                 total[c] += sums[c]
         sum_g, sum_gh = total[0], total[channels]
@@ -181,12 +177,14 @@ def _backward_unit(unit, dy, x, dx, mask, weight, stats, gradients, geometry, ce
                 gradients[slab, 1, first + c] += total[c]
         share = _inverse(stats[COUNT, group])
         mean_g = sum_g * share if centred else 0.0
+        mean_gh = sum_gh * share
         for r0 in range(g.R0):
-            _emit(dy, x, dx, mask, weight, products, g, k0, r0, k1, 0, g.R1, mean, rstd, mean_g, sum_gh * share)
+            _emit(
+                p_dy, p_x, p_dx, p_mask, p_weight, p_products, half, g, k0, r0, k1, 0, g.R1, mean, rstd, mean_g, mean_gh
+            )
         if along and (k0 - start) % FLUSH == FLUSH - 1:
             _flush(products, gradients[slab], first)
-    if along:
-        _flush(products, gradients[slab], first)
+    _flush(products, gradients[slab], first)  # of length 0 where weights do not lie along
 
 
 @Kernel
@@ -200,9 +198,14 @@ def backward(dy, x, dx, mask, weight, stats, gradients, geometry, centred):
 def _sum_unit(unit, dy, x, weight, stats, table, geometry):
     g = geometry[0]
     group = unit // g.chunks
-    sums = table[group, unit % g.chunks]
     k0 = group // g.K1
-    _chunk_sums(sums, dy, x, weight, g, k0, group % g.K1, unit % g.chunks, stats[MEAN, group], stats[RSTD, group])
+    k1 = group % g.K1
+    chunk = unit % g.chunks
+    sums = np.empty(2)
+    mean, rstd = stats[MEAN, group], stats[RSTD, group]
+    _chunk_sums(pointer(sums), 1, pointer(dy), pointer(x), pointer(weight), g, k0, k1, chunk, mean, rstd)
+    table[group, chunk, 0] = sums[0]
+    table[group, chunk, 1] = sums[1]
 
 
 @Kernel
@@ -224,29 +227,46 @@ def merge_sums(table, sums):
 
 
 @scalar
-def _emit_unit(unit, dy, x, dx, mask, weight, stats, sums, geometry, centred):
-    g = geometry[0]
-    across = -(-g.R1 // g.chunk_width)
-    first = unit // across * g.piece_runs
-    j = unit % across * g.chunk_width
+def _emit_piece(unit, dy, x, dx, mask, weight, stats, sums, g, centred):
+    """Write dx of some runs, or of a part of one, from the groups' sums."""
+    first = unit // g.across * g.piece_runs
+    j = unit % g.across * g.chunk_width
     stop = min(j + g.chunk_width, g.R1)
-    nothing = np.empty(0, weight.dtype)
+    groups = g.K0 * g.K1
     for run in range(first, min(first + g.piece_runs, g.K0 * g.R0 * g.K1)):
         k0 = run // (g.K1 * g.R0)
         k1 = run % g.K1
-        group = k0 * g.K1 + k1
-        share = _inverse(stats[COUNT, group])
-        mean_g = sums[0, group] * share if centred else 0.0
-        mean, rstd = stats[MEAN, group], stats[RSTD, group]
         r0 = run // g.K1 % g.R0
-        _emit(dy, x, dx, mask, weight, nothing, g, k0, r0, k1, j, stop, mean, rstd, mean_g, sums[1, group] * share)
+        group = k0 * g.K1 + k1
+        share = _inverse(load(stats, COUNT * groups + group))
+        mean = load(stats, MEAN * groups + group)
+        rstd = load(stats, RSTD * groups + group)
+        mean_g = load(sums, group) * share if centred else 0.0
+        mean_gh = load(sums, groups + group) * share
+        _emit(dy, x, dx, mask, weight, weight, 0, g, k0, r0, k1, j, stop, mean, rstd, mean_g, mean_gh)
+
+
+@scalar
+def _emit_unit(unit, dy, x, dx, mask, weight, stats, sums, geometry, centred):
+    _emit_piece(
+        unit,
+        pointer(dy),
+        pointer(x),
+        pointer(dx),
+        pointer(mask),
+        pointer(weight),
+        pointer(stats),
+        pointer(sums),
+        geometry[0],
+        centred,
+    )
 
 
 @Kernel
 def emit(dy, x, dx, mask, weight, stats, sums, geometry, centred):
     """Write dx from the groups' sums, piece by piece in the order of memory."""
     g = geometry[0]
-    for unit in prange(-(-(g.K0 * g.R0 * g.K1) // g.piece_runs) * -(-g.R1 // g.chunk_width)):
+    for unit in prange(-(-(g.K0 * g.R0 * g.K1) // g.piece_runs) * g.across):
         _emit_unit(np.int64(unit), dy, x, dx, mask, weight, stats, sums, geometry, centred)
 
 
@@ -255,12 +275,17 @@ def _emit_lanes_unit(unit, dy, x, dx, mask, weight, stats, sums, gradients, geom
     g = geometry[0]
     start = unit * BLOCK
     stop = min(start + BLOCK, g.R1)
-    products = np.zeros(2 * (stop - start), weight.dtype)
+    half = stop - start
+    products = np.zeros(2 * half, weight.dtype)
+    p_dy, p_x, p_dx, p_mask, p_weight = pointer(dy), pointer(x), pointer(dx), pointer(mask), pointer(weight)
+    p_products = pointer(products)
     for k0 in range(g.K0):
         share = _inverse(stats[COUNT, k0])
         mean_g = sums[0, k0] * share if centred else 0.0
-        mean, rstd = stats[MEAN, k0], stats[RSTD, k0]
-        _emit(dy, x, dx, mask, weight, products, g, k0, 0, 0, start, stop, mean, rstd, mean_g, sums[1, k0] * share)
+        mean, rstd, mean_gh = stats[MEAN, k0], stats[RSTD, k0], sums[1, k0] * share
+        _emit(
+            p_dy, p_x, p_dx, p_mask, p_weight, p_products, half, g, k0, 0, 0, start, stop, mean, rstd, mean_g, mean_gh
+        )
         if k0 % FLUSH == FLUSH - 1:
             _flush(products, gradients[0], start)
     _flush(products, gradients[0], start)
