@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from numbers import Real
 from typing import Any
 
 import numpy as np
 
 from . import arrays, cpu
-from .checks import check_eps, integer
+from .checks import check_eps, check_momentum, integer
 from .dtypes import Format, is_float
 from .layout import Layout
 from .plan import Options, plan
@@ -78,6 +77,8 @@ class Call:
         self._residual = added
         self._total = total
         self._mask = counted
+        if target is None and self.plan.reordered:
+            target = np.empty_like(source, dtype)
         self._out, self._target = out, target
         direct = y is not None and self.plan.y is not None
         self._y = target if direct and target is not None else arrays.fresh(self.plan, dtype)
@@ -112,7 +113,9 @@ class Call:
     def result(self, stats: np.ndarray, return_stats: bool) -> Any:
         """Return what the caller gets: y, then (mean,) rstd, then the sum with the residual, as asked for."""
         back = self._back
-        y = self._y if back is None else back(self._y)
+        y = self._y if self._target is None else self._target
+        if back is not None:
+            y = back(y)
         if self._out is not None:
             y = self._out
         if not return_stats and self._total is None:
@@ -201,7 +204,9 @@ def run_tracked(
     source, form = arrays.as_input(x, "x")
     options = (integer(channel_axis, "channel_axis"), None, None)
     if not from_input:
-        norm, mask = "batch", None
+        if mask is not None:
+            arrays.as_mask(mask, source.shape)
+        norm, mask = "batch", None  # statistics that are given are not limited by a mask
     call = Call(norm, options, x, source, form, weight, bias, mask=mask, out=out)
     layout = call.plan.layout
     running = None
@@ -220,8 +225,7 @@ def run_tracked(
         return call.result(stats, return_stats)
     if running is not None:
         running.check_writeable(running_mean, running_var)
-        if isinstance(momentum, bool) or not isinstance(momentum, Real):
-            raise TypeError(f"momentum: expected a number, got {type(momentum).__name__}")
+        check_momentum(momentum)
     if layout.count == 1 and source.size > 0:
         raise ValueError(
             f"x: expected more than 1 value per channel to normalize with its own statistics, got shape {source.shape}"
@@ -230,7 +234,7 @@ def run_tracked(
     if running is not None and source.size > 0:
         shape = layout.stats_shape
         rows = np.stack([public_statistic(row, layout).reshape(shape) for row in stats])
-        running.update(rows, float(momentum))
+        running.update(rows, check_momentum(momentum))
     return call.result(stats, return_stats)
 
 
@@ -287,6 +291,9 @@ def run_backward(
             work, flat_dy, flat_x, arrays.flat(dx, work.packed, work), flat_weight, stats, flat_mask
         )
     kind = lane if weight is None else arrays.as_array(weight, "weight").dtype
+    if work.reordered:
+        packed, dx = dx, np.empty_like(source, dtype)
+        np.copyto(dx, packed)
     results = [dx]
     for gradient_row in gradients:
         values = gradient_row

@@ -69,6 +69,15 @@ def positive(value: Any, name: str) -> int:
     return checked
 
 
+def check_momentum(momentum: Any) -> float:
+    """Check the share of a batch in the running statistics: a finite number."""
+    if isinstance(momentum, bool) or not isinstance(momentum, Real):
+        raise TypeError(f"momentum: expected a number, got {type(momentum).__name__}")
+    if not math.isfinite(momentum):
+        raise ValueError(f"momentum: expected a finite number, got {momentum}")
+    return float(momentum)
+
+
 def check_eps(eps: Any) -> float:
     """Check eps: a finite number, not negative."""
     if type(eps) is not float and (isinstance(eps, bool) or not isinstance(eps, Real)):

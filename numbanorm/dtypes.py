@@ -47,7 +47,7 @@ def format_of(dtype: np.dtype[Any]) -> Format | None:
     lane = np.dtype(np.float32 if name in NARROW else np.float64)
     is_float = name in FLOATS
     result = dtype if is_float else lane
-    epsilon = 2.0**-7 if name == "bfloat16" else float(np.finfo(result).eps)
+    epsilon = 2.0**-7 if name == "bfloat16" else float(np.finfo(result.type).eps)
     return Format(lane, result, is_float, epsilon, HALF_RECORDS.get(name))
 
 

@@ -126,9 +126,10 @@ class Moments:
             raise ValueError(f"x: expected moments of shape {self._mean.shape}, got {mean.shape}")
         total = self._count + count
         share = np.divide(count, total, out=np.zeros(np.shape(total)), where=total > 0)
-        delta = np.where((self._count > 0) & (count > 0), mean - self._mean, 0.0)
-        merged = np.where(self._count > 0, self._mean, mean) + delta * share
-        return np.asarray(total), merged, self._m2 + m2 + delta * delta * self._count * share
+        with np.errstate(invalid="ignore", over="ignore"):  # Inf and NaN among the elements, as in NumPy's own mean
+            delta = np.where((self._count > 0) & (count > 0), mean - self._mean, 0.0)
+            merged = np.where(self._count > 0, self._mean, mean) + delta * share
+            return np.asarray(total), merged, self._m2 + m2 + delta * delta * self._count * share
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to an ``.npz`` file of exactly this name, whole or not at all.
@@ -163,8 +164,8 @@ class Moments:
             If the file does not hold moments.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
-                stored = {name: file[name] for name in file.files}
+            with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
+                stored = {name: np.asarray(file[name]) for name in file.files}
             count, mean, m2 = (stored[name] for name in ("count", "mean", "m2"))
         except OSError:
             raise

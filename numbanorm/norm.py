@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import numpy as np
 
 from . import arrays
-from .checks import check_eps, integer, lengths, normalized_axes, positive
+from .checks import check_eps, check_momentum, integer, lengths, normalized_axes, positive
 from .dtypes import is_float
 from .functional import (
     batch_norm,
@@ -44,6 +44,7 @@ class _Last(NamedTuple):
     mean: Any
     rstd: Any
     mask: Any
+    summed: bool  # whether x is the sum of an input and a residual
     overwritten: bool
 
 
@@ -90,7 +91,7 @@ class Norm(metaclass=_Dispatch):
 
     def __init__(self, shape: tuple[int, ...], eps: float | None, affine: bool, bias: bool) -> None:
         self._shape = shape
-        self.eps: Any = eps if eps is None else check_eps(eps)
+        self.eps: Any = None if eps is None and self.kind == "rms" else check_eps(eps)
         self.weight = np.ones(shape, np.float32) if affine else None
         self.bias = np.zeros(shape, np.float32) if affine and bias else None
         self.running_mean = self.running_var = self.num_batches_tracked = None
@@ -130,7 +131,7 @@ class Norm(metaclass=_Dispatch):
         total = None if residual is None else rest.pop()
         mean = rest[0] if len(rest) > 1 else None
         overwritten = total is None and out is not None and _share_memory(out, x)
-        self._last = _Last(x if total is None else total, mean, rest[-1], mask, overwritten)
+        self._last = _Last(x if total is None else total, mean, rest[-1], mask, total is not None, overwritten)
         return y if total is None else (y, total)
 
     def backward(self, dy: Any, dtotal: Any = None) -> Any:
@@ -173,12 +174,20 @@ class Norm(metaclass=_Dispatch):
             raise ValueError("backward: expected a call in training mode before, got none")
         if last.overwritten:
             raise ValueError("backward: expected the input of the last training call, but out= has overwritten it")
-        dx, *gradients = self._gradients(dy, last)
+        added = None
         if dtotal is not None:
-            added = arrays.as_input(dtotal, "dtotal")[0]
-            if added.shape != np.shape(dx):
-                raise ValueError(f"dtotal: expected the shape of the input, {np.shape(dx)}, got {added.shape}")
-            dx = dx + dtotal
+            if not last.summed:
+                raise ValueError("dtotal: expected None, the last call in training mode had no residual")
+            added, form = arrays.as_input(dtotal, "dtotal")
+            shape = arrays.as_array(last.x, "x").shape
+            if added.shape != shape:
+                raise ValueError(f"dtotal: expected the shape of the input, {shape}, got {added.shape}")
+            if not form.is_float:
+                raise TypeError(f"dtotal: expected a float dtype, got {added.dtype}")
+        dx, *gradients = self._gradients(dy, last)
+        if added is not None:
+            plain = arrays.as_array(dx, "dx")
+            np.add(plain, added, out=plain, casting="same_kind")
         self.grad = {
             name: gradient
             for name, gradient in zip(("weight", "bias"), gradients, strict=False)
@@ -316,7 +325,7 @@ class _Channelwise(Norm):
     ) -> None:
         self.num_features = positive(num_features, "num_features")
         super().__init__((self.num_features,), eps, affine, bias)
-        self.momentum = momentum
+        self.momentum = None if momentum is None else check_momentum(momentum)
         self.channel_axis = integer(channel_axis, "channel_axis")
         self.track_running_stats = track_running_stats
         self.reset_running_stats()
@@ -338,6 +347,7 @@ class _Channelwise(Norm):
     def _run(self, x: Any, mask: Any, residual: Any, out: Any, return_stats: bool) -> Any:
         source, _ = arrays.as_input(x, "x")
         self._layout(source.shape)
+        counted = mask is None or bool(np.any(arrays.as_array(mask, "mask")))
         tracked = self.num_batches_tracked
         from_input = self.training or tracked is None
         update = self.training and tracked is not None
@@ -360,7 +370,7 @@ class _Channelwise(Norm):
             out=out,
             return_stats=return_stats,
         )
-        if update and source.size > 0 and (mask is None or np.any(mask)):
+        if update and source.size > 0 and counted:
             self.num_batches_tracked = tracked + 1  # type: ignore[operator]
         return result
 
@@ -531,7 +541,7 @@ class GroupNorm(Norm):
         )
 
     def _gradients(self, dy: Any, last: _Last) -> tuple[Any, ...]:
-        x, mean, rstd, mask, _ = last
+        x, mean, rstd, mask, *_ = last
         axis = self.channel_axis
         gradients: tuple[Any, ...] = group_norm_backward(
             dy, x, self.num_groups, mean, rstd, self.weight, channel_axis=axis, mask=mask
@@ -592,7 +602,7 @@ class LayerNorm(Norm):
         )
 
     def _gradients(self, dy: Any, last: _Last) -> tuple[Any, ...]:
-        x, mean, rstd, mask, _ = last
+        x, mean, rstd, mask, *_ = last
         gradients: tuple[Any, ...] = layer_norm_backward(dy, x, self._shape, mean, rstd, self.weight, mask=mask)
         return gradients
 

@@ -52,6 +52,8 @@ class Plan:
         The placement of a copy, and of a fresh output: contiguous in ``layout.order``.
     inverse : tuple of int or None
         The transposition that brings an array of the view's order back to that of `x`; None if it is the same.
+    reordered : bool
+        Whether the layout has an order of its own, not that of `x`: a fresh output in it is not laid out as `x` is.
     size : int
         Number of elements.
     """
@@ -63,6 +65,7 @@ class Plan:
     mask: Placement | None
     packed: Placement
     inverse: tuple[int, ...] | None
+    reordered: bool
     size: int
 
 
@@ -98,13 +101,14 @@ def plan(
         As `Layout.of` takes it; backward needs it.
     """
     channel_axis, num_groups, axis = options
+    order = memory_order(shape, *x)
     layout = Layout.of(
         norm,
         shape,
         channel_axis=channel_axis,
         num_groups=num_groups,
         axis=axis,
-        order=memory_order(shape, *x),
+        order=order,
         separable=separable,
     )
     _, r0, k1, r1 = layout.view
@@ -122,6 +126,7 @@ def plan(
         mask=None if mask is None else _place(layout, columns, mask, 1, constant=True),
         packed=packed,
         inverse=None if plain else tuple(layout.order.index(a) for a in range(len(shape))),
+        reordered=layout.order != order,
         size=prod(shape),
     )
 
@@ -147,6 +152,8 @@ def _place(
 
     With `constant`, they may also be one and the same element (a mask broadcast along them).
     """
+    if 0 in layout.shape:
+        return Placement(0, 0, (0, 0, 0, 0))
     if any(s % itemsize for s in strides):
         return None
     # An array of no memory with these strides: NumPy itself tells whether its axes coalesce to the view.

@@ -12,7 +12,7 @@ import numpy as np
 from numba import prange
 
 from .dtypes import counts, deviation, lane, load, pointer, split_deviation, store
-from .jit import Kernel, elementwise, lanes, scalar
+from .jit import Kernel, elementwise, lanes, own_code, scalar
 from .rows import FLOAT32_SAFE
 from .welford import COUNT, HUGE, M2, MEAN, POOR, PREFIX, RSTD, TINY, merge, rstd_of
 
@@ -36,6 +36,7 @@ def _block_moments(sums, moments, x, start, stride, rows, width, mask, mask_star
 
     The trust is that of `welford.settle`, lane by lane.
     """
+    own_code()
     zero = lane(x, 0.0)
     one = lane(x, 1.0)
     for i in range(width):
@@ -99,6 +100,7 @@ def _exact_moments(sums, moments, x, start, stride, rows, width, mask, mask_star
 
     All lanes are swept, and the others keep what they have: no lane's bits depend on its neighbours.
     """
+    own_code()
     n = moments[_BLOCK + _N : _BLOCK + _N + width]
     mean = moments[_EXACT + _MEAN : _EXACT + _MEAN + width]
     m2 = moments[_EXACT + _M2 : _EXACT + _M2 + width]
@@ -137,6 +139,7 @@ def _exact_moments(sums, moments, x, start, stride, rows, width, mask, mask_star
 @scalar
 def _merge_lanes(moments, into, part, width):
     """Merge the moments at `part` into those at `into`, lane by lane, by Chan's formula."""
+    own_code()
     for i in range(width):
         n = load(moments, into + _N + i)
         m = load(moments, part + _N + i)
@@ -220,6 +223,7 @@ def _close_groups(moments, g, k0, first, width, stats, eps):
 @elementwise
 def _write_tile(lanes_of, x, y, weight, bias, stats, g, k0, first, width, chunk_start, chunk_stop):
     """Normalize chunks of rows of a tile, in lanes (of the dtype of `lanes_of`); in float64 where float32 overflows."""
+    own_code()
     by_row = g.inner % g.lanes == 0
     params = np.empty(4 * TILE, lanes_of.dtype)
     unsafe = np.empty(TILE, np.int64)

@@ -11,7 +11,7 @@ from numba import prange
 
 from .columns import TILE
 from .dtypes import counts, lane, load, pointer, split_deviation, store
-from .jit import Kernel, elementwise, lanes, scalar
+from .jit import Kernel, elementwise, lanes, own_code, scalar
 from .welford import COUNT, MEAN, RSTD
 
 FLUSH_ROWS = 64
@@ -40,6 +40,7 @@ def _chunk_sums(sums, scratch, dy, x, weight, gradients, g, k0, first, width, ch
 
     `sums` holds the first sum of every lane, then (from TILE on) the second.
     """
+    own_code()
     for i in range(2 * TILE):
         sums[i] = 0.0
     zero = lane(x, 0.0)
@@ -91,6 +92,7 @@ def _chunk_sums(sums, scratch, dy, x, weight, gradients, g, k0, first, width, ch
 @scalar
 def _close_groups(total, groups, scratch, weight, stats, gradients, g, k0, first, width, by_row, centred):
     """Merge the lanes' sums into groups and channels, and give every lane its group's means of g and g * h."""
+    own_code()
     base = first // g.R1
     for i in range(width):
         group = (first + i) // g.R1 % g.K1 - base
@@ -118,6 +120,7 @@ def _close_groups(total, groups, scratch, weight, stats, gradients, g, k0, first
 @elementwise
 def _emit_chunk(scratch, dy, x, dx, mask, weight, g, k0, first, width, chunk, by_row):
     """Write dx of one chunk of rows of a tile."""
+    own_code()
     zero = lane(x, 0.0)
     one = lane(x, 1.0)
     r_start = chunk * g.chunk_rows

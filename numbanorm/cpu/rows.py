@@ -10,7 +10,7 @@ import numpy as np
 from numba import prange
 
 from .dtypes import counts, deviation, lane, load, pointer, split_deviation, store
-from .jit import Kernel, elementwise, lanes, scalar
+from .jit import Kernel, elementwise, lanes, own_code, scalar
 from .welford import BLOCK, COUNT, M2, MEAN, PREFIX, RSTD, merge, rstd_of, settle
 
 FLOAT32_SAFE = 1e30
@@ -20,6 +20,7 @@ FLOAT32_SAFE = 1e30
 @lanes
 def _exact_moments(x, start, stride, runs, width, mask, mask_start, mask_stride, mask_step, centred):
     """Return (mean, M2) of a block that is not empty, in float64 and two sweeps."""
+    own_code()
     n = s = q = mean = pivot = 0.0
     found = not centred
     r = 0
@@ -50,6 +51,7 @@ def _exact_moments(x, start, stride, runs, width, mask, mask_start, mask_stride,
 @lanes
 def _chunk_moments(x, mask, g, k0, k1, chunk, centred):
     """Return (count, mean, M2) of one chunk of the group (k0, k1)."""
+    own_code()
     r_start = j_start = 0
     if g.chunks > 1:
         r_start = (chunk // g.across) * g.chunk_runs
@@ -116,6 +118,7 @@ def _chunk_moments(x, mask, g, k0, k1, chunk, centred):
 @elementwise
 def _normalize(x, y, weight, bias, g, k0, r0, k1, j, width, mean, rstd):
     """Write `width` elements of one run, with the mean in two lanes, stretch by stretch of the affine map."""
+    own_code()
     x_start = g.x_start + k0 * g.x_K0 + r0 * g.x_R0 + k1 * g.x_K1 + j
     y_start = g.y_start + k0 * g.y_K0 + r0 * g.y_R0 + k1 * g.y_K1 + j
     flat = ((k0 * g.R0 + r0) * g.K1 + k1) * g.R1 + j

@@ -19,7 +19,7 @@ import numpy as np
 from numba import prange
 
 from .dtypes import counts, lane, load, pointer, split_deviation, store
-from .jit import Kernel, elementwise, lanes, scalar
+from .jit import Kernel, elementwise, lanes, own_code, scalar
 from .welford import BLOCK, COUNT, MEAN, RSTD
 
 FLUSH = 32
@@ -32,6 +32,7 @@ def _chunk_sums(sums, channels, dy, x, weight, g, k0, k1, chunk, mean, rstd):
 
     `sums` takes the first sum of every channel, then the second.
     """
+    own_code()
     for c in range(2 * channels):
         store(sums, c, 0.0)
     r_start = (chunk // g.across) * g.chunk_runs
@@ -74,6 +75,7 @@ def _emit(dy, x, dx, mask, weight, products, half, g, k0, r0, k1, start, stop, m
 
     Two loops, not one: with every array in it, LLVM would need too many checks of pointers and not vectorize.
     """
+    own_code()
     x_start = g.x_start + k0 * g.x_K0 + r0 * g.x_R0 + k1 * g.x_K1
     dy_start = g.y_start + k0 * g.y_K0 + r0 * g.y_R0 + k1 * g.y_K1
     dx_start = ((k0 * g.R0 + r0) * g.K1 + k1) * g.R1
