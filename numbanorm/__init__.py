@@ -10,7 +10,6 @@ Examples
 """
 
 from .config import show_config
-from .cpu.threads import get_num_threads, set_num_threads
 from .functional import (
     batch_norm,
     batch_norm_backward,
@@ -26,6 +25,7 @@ from .functional import (
 from .layout import Layout
 from .moments import Moments
 from .norm import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, Norm, RMSNorm
+from .threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
 

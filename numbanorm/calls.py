@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from . import arrays, cpu
+from . import arrays
+from .backends import cpu_backend
 from .checks import check_eps, check_momentum, integer
 from .dtypes import Format, is_float
 from .layout import Layout
-from .plan import Options, plan
+from .plan import COUNT, M2, MEAN, RSTD, Options, plan
 
 
 class Call:
@@ -97,7 +98,7 @@ class Call:
         if self._residual is not None and self._total is not None:
             residual = arrays.flat(self._residual, plan.x, plan)
             total = arrays.flat(self._total, plan.packed, plan)
-        stats = cpu.forward(plan, x, y, self.weight, self.bias, eps, mask, residual, total)
+        stats: np.ndarray = cpu_backend().forward(plan, x, y, self.weight, self.bias, eps, mask, residual, total)
         self._deliver()
         return stats
 
@@ -107,7 +108,7 @@ class Call:
         if plan.size > 0:
             x = arrays.flat(self._source, plan.x, plan)
             y = arrays.flat(self._y, plan.y or plan.packed, plan)
-            cpu.apply(plan, x, y, self.weight, self.bias, stats)
+            cpu_backend().apply(plan, x, y, self.weight, self.bias, stats)
         self._deliver()
 
     def result(self, stats: np.ndarray, return_stats: bool) -> Any:
@@ -123,7 +124,7 @@ class Call:
         items: list[Any] = []
         if return_stats:
             layout = self.plan.layout
-            rows = (cpu.MEAN, cpu.RSTD) if layout.centred else (cpu.RSTD,)
+            rows = (MEAN, RSTD) if layout.centred else (RSTD,)
             items += [public_statistic(stats[row], layout) for row in rows]
         if self._total is not None:
             items.append(self._total)
@@ -138,7 +139,7 @@ class Call:
         """Return the statistics of no elements: mean 0, variance 0."""
         stats = np.zeros((4, self.plan.layout.groups))
         with np.errstate(divide="ignore"):
-            stats[cpu.RSTD] = 1.0 / np.sqrt(np.float64(eps))
+            stats[RSTD] = 1.0 / np.sqrt(np.float64(eps))
         if self._total is not None and self._residual is not None:
             np.add(self._source, self._residual, out=self._total)
         return stats
@@ -172,7 +173,7 @@ class _Running:
 
     def update(self, stats: np.ndarray, momentum: float) -> None:
         """Move towards the statistics (3 rows: count, mean, M2; channels last), averaged over samples that count."""
-        count, mean, m2 = stats[cpu.COUNT], stats[cpu.MEAN], stats[cpu.M2]
+        count, mean, m2 = stats[COUNT], stats[MEAN], stats[M2]
         if count.ndim == 1:
             count, mean, m2 = count[None], mean[None], m2[None]
         seen = count > 0
@@ -218,9 +219,9 @@ def run_tracked(
         if running is None:
             raise ValueError("running_mean, running_var: expected both to normalize with them, got None")
         stats = np.zeros((4, layout.size))
-        stats[cpu.MEAN] = running.mean
+        stats[MEAN] = running.mean
         with np.errstate(divide="ignore", invalid="ignore"):
-            stats[cpu.RSTD] = 1.0 / np.sqrt(running.var.astype(np.float64) + eps)
+            stats[RSTD] = 1.0 / np.sqrt(running.var.astype(np.float64) + eps)
         call.apply(stats)
         return call.result(stats, return_stats)
     if running is not None:
@@ -274,20 +275,20 @@ def run_backward(
     layout = work.layout
     flat_weight = None if weight is None else _parameter(weight, "weight", layout, lane)
     stats = np.zeros((4, layout.groups))
-    stats[cpu.RSTD] = _given_statistic(rstd, "rstd", layout)
+    stats[RSTD] = _given_statistic(rstd, "rstd", layout)
     if layout.centred:
-        stats[cpu.MEAN] = _given_statistic(mean, "mean", layout)
+        stats[MEAN] = _given_statistic(mean, "mean", layout)
     dx = arrays.fresh(work, dtype)
     gradients = np.zeros((2, layout.size))
     if work.size > 0:
         flat_x = arrays.flat(source, work.x, work)
         flat_mask = None if counted is None else arrays.flat(counted, work.mask, work)
         if flat_mask is not None:
-            stats[cpu.COUNT] = cpu.statistics(work, flat_x, flat_mask)[cpu.COUNT]
+            stats[COUNT] = cpu_backend().statistics(work, flat_x, flat_mask)[COUNT]
         elif not fixed:
-            stats[cpu.COUNT] = layout.count
+            stats[COUNT] = layout.count
         flat_dy = arrays.flat(gradient, work.y, work)
-        gradients = cpu.backward(
+        gradients = cpu_backend().backward(
             work, flat_dy, flat_x, arrays.flat(dx, work.packed, work), flat_weight, stats, flat_mask
         )
     kind = lane if weight is None else arrays.as_array(weight, "weight").dtype

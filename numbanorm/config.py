@@ -11,8 +11,7 @@ from typing import Any
 import llvmlite.binding
 import numba
 
-from .cpu import rows
-from .cpu.threads import get_num_threads
+from .threads import get_num_threads
 
 _numba: Any = numba  # its own annotations leave out what is asked of it here
 _OPTIONAL = ("ml_dtypes", "click", "rich", "matplotlib")
@@ -89,6 +88,8 @@ def _threading_layer() -> str:
 
 
 def _cache() -> str:
+    from .cpu import rows
+
     kernel: Any = rows.forward.serial
     if kernel.stats.cache_path is None:
         return "none: kernels are compiled anew in every process"

@@ -16,8 +16,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .cpu.threads import get_num_threads, set_num_threads
 from .norm import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, Norm, RMSNorm
+from .threads import get_num_threads, set_num_threads
 
 Array = NDArray[Any]
 

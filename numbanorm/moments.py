@@ -8,10 +8,11 @@ from typing import Any, Self
 
 import numpy as np
 
-from . import arrays, cpu
+from . import arrays
+from .backends import cpu_backend
 from .calls import public_statistic
 from .checks import integers
-from .plan import plan
+from .plan import COUNT, M2, MEAN, plan
 
 
 class Moments:
@@ -197,9 +198,9 @@ def _moments(x: Any, axis: tuple[int, ...] | None, mask: Any) -> tuple[np.ndarra
         stats = np.zeros((4, layout.groups))
     else:
         flat_mask = None if counted is None else arrays.flat(counted, work.mask, work)
-        stats = cpu.statistics(work, arrays.flat(source, work.x, work), flat_mask)
+        stats = cpu_backend().statistics(work, arrays.flat(source, work.x, work), flat_mask)
     kept = tuple(n for a, n in enumerate(source.shape) if a not in layout.reduced_axes)
-    count, mean, m2 = (public_statistic(stats[row], layout).reshape(kept) for row in (cpu.COUNT, cpu.MEAN, cpu.M2))
+    count, mean, m2 = (public_statistic(stats[row], layout).reshape(kept) for row in (COUNT, MEAN, M2))
     if counted is None:
         return np.array(layout.count, np.int64), mean.copy(), m2.copy()
     return count.astype(np.int64), mean.copy(), m2.copy()

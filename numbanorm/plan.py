@@ -13,6 +13,9 @@ import numpy as np
 
 from .layout import Layout
 
+COUNT, MEAN, M2, RSTD = range(4)
+"""Rows of a backend's array of statistics, one column a group: count, mean, M2, 1/sqrt(variance + eps); float64."""
+
 Options = tuple[int, int | None, tuple[int, ...] | None]
 """What `Layout.of` needs beside norm and shape: (channel_axis, num_groups, axis)."""
 

@@ -9,14 +9,13 @@ import numpy as np
 
 from ..dtypes import format_of
 from ..plan import Plan
+from ..threads import launch_lock, usable_threads
 from . import columns, columns_backward, rows, rows_backward
 from .dtypes import kernel_view
 from .jit import Kernel
 from .launch import CHUNK, TABLE_BYTES, geometry
-from .threads import launch_lock, usable_threads
-from .welford import COUNT, M2, MEAN, RSTD
 
-__all__ = ["COUNT", "M2", "MEAN", "RSTD", "apply", "backward", "forward", "statistics"]
+__all__ = ["apply", "backward", "forward", "statistics"]
 
 PARALLEL_FROM = 1 << 17
 """Elements from which a parallel launch pays: 128 Ki float32 take about 60 us on one thread, a launch 2 to 10 us."""

@@ -11,10 +11,11 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
+from ..plan import COUNT, M2, MEAN, RSTD
 from .dtypes import counts, deviation, lane, load, pointer, split_deviation, store
 from .jit import Kernel, elementwise, lanes, own_code, scalar
 from .rows import FLOAT32_SAFE
-from .welford import COUNT, HUGE, M2, MEAN, POOR, PREFIX, RSTD, TINY, merge, rstd_of
+from .welford import HUGE, POOR, PREFIX, TINY, merge, rstd_of
 
 TILE = 512
 """Lanes a tile: shift, sum, squares and count in float32 take 8 KiB, a tile's moments in float64 12 KiB."""

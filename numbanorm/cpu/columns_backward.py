@@ -9,10 +9,10 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
+from ..plan import COUNT, MEAN, RSTD
 from .columns import TILE
 from .dtypes import counts, lane, load, pointer, split_deviation, store
 from .jit import Kernel, elementwise, lanes, own_code, scalar
-from .welford import COUNT, MEAN, RSTD
 
 FLUSH_ROWS = 64
 """Rows whose products are added in float32 before they go to a lane's float64 sums."""

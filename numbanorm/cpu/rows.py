@@ -9,9 +9,10 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
+from ..plan import COUNT, M2, MEAN, RSTD
 from .dtypes import counts, deviation, lane, load, pointer, split_deviation, store
 from .jit import Kernel, elementwise, lanes, own_code, scalar
-from .welford import BLOCK, COUNT, M2, MEAN, PREFIX, RSTD, merge, rstd_of, settle
+from .welford import BLOCK, PREFIX, merge, rstd_of, settle
 
 FLOAT32_SAFE = 1e30
 """Groups whose rstd is outside 1/FLOAT32_SAFE to FLOAT32_SAFE are written in float64: float32 would overflow."""

@@ -18,9 +18,10 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
+from ..plan import COUNT, MEAN, RSTD
 from .dtypes import counts, lane, load, pointer, split_deviation, store
 from .jit import Kernel, elementwise, lanes, own_code, scalar
-from .welford import BLOCK, COUNT, MEAN, RSTD
+from .welford import BLOCK
 
 FLUSH = 32
 """Rows whose products are added in float32 before they go to the float64 gradients of weight and bias."""

@@ -33,10 +33,6 @@ HUGE = 1e38
 """Above this, squares of float32 lanes may have overflowed."""
 
 
-COUNT, MEAN, M2, RSTD = range(4)
-"""Rows of the array of statistics, one column a group; all are float64."""
-
-
 @scalar
 def merge(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
     """Merge two triples (count, mean, M2) by Chan's formula, float64."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import threading
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
-import numba
+import numba as _typed_numba
 
+numba: Any = _typed_numba  # its own annotations leave out what is asked of it here
 _requested: int | None = None
 _forked = False
 _lock = threading.Lock()
@@ -73,7 +75,7 @@ def launch_lock() -> AbstractContextManager[object]:
 
 def _layer() -> str:
     try:
-        return numba.threading_layer()
+        return str(numba.threading_layer())
     except ValueError:  # no parallel kernel has run yet: which layer it will be is not known
         return "unknown"
 
