@@ -138,11 +138,15 @@ def as_output(value: Any, shape: tuple[int, ...], dtype: np.dtype[Any], inputs: 
         raise TypeError(f"out: expected dtype {dtype}, got {out.dtype}")
     if not out.flags.writeable:
         raise ValueError("out: expected a writeable array, got a read-only one")
-    if any(n > 1 and s == 0 for n, s in zip(out.shape, out.strides, strict=True)):
+    if out.size and any(n > 1 and s == 0 for n, s in zip(out.shape, out.strides, strict=True)):
         raise ValueError("out: expected an element of memory for each element, got a broadcast array")
+    if out is inputs.get("x"):
+        inputs = {name: array for name, array in inputs.items() if name != "x"}
     for name, array in inputs.items():
+        if not np.may_share_memory(out, array):  # bounds alone: 0.3 us
+            continue
         whole = name in ("x", "residual") and _same_memory(out, array)
-        if not whole and np.may_share_memory(out, array) and _overlap(out, array):
+        if not whole and _overlap(out, array):
             raise ValueError(f"out: expected memory apart from {name} (or all of x itself), got a partial overlap")
     return out
 

@@ -20,6 +20,9 @@ __all__ = ["apply", "backward", "forward", "statistics"]
 PARALLEL_FROM = 1 << 17
 """Elements from which a parallel launch pays: 128 Ki float32 take about 60 us on one thread, a launch 2 to 10 us."""
 
+SLAB_ELEMENTS = 1 << 15
+"""Elements from which a slab pays: clearing and adding its gradients takes as long as about a tenth of these."""
+
 MAX_SLABS = 64
 """Slabs of samples with gradients of weights of their own: enough for 64 threads."""
 
@@ -158,7 +161,7 @@ def backward(
             _run(columns_backward.emit, threads, dy, x, dx, mask, weight, stats, table, total, geo, layout.centred)
             return total
         items, own = (k0 * tiles, 1) if by_row else (k0, tiles)
-        gradients = np.zeros((_slabs(items, own, layout.size), 2, layout.size))
+        gradients = np.zeros((_slabs(plan, items, own), 2, layout.size))
         _run(columns_backward.backward, threads, dy, x, dx, mask, weight, stats, gradients, geo, layout.centred)
         return _sum_slabs(gradients)
     along = layout.inner == 1
@@ -180,22 +183,20 @@ def backward(
         weighted = sums * weight
         _run(rows_backward.emit, threads, dy, x, dx, mask, weight, stats, weighted, geo, layout.centred)
         return sums[::-1].copy()
-    gradients = np.zeros((_slabs(k0, k1, layout.size), 2, layout.size))
+    gradients = np.zeros((_slabs(plan, k0, k1), 2, layout.size))
     _run(rows_backward.backward, threads, dy, x, dx, mask, weight, stats, gradients, geo, layout.centred)
     return _sum_slabs(gradients)
 
 
 def _sum_slabs(gradients: np.ndarray) -> np.ndarray:
-    """Add the slabs in order."""
-    total: np.ndarray = gradients[0]
-    for slab in gradients[1:]:
-        total += slab
+    """Add the slabs, in order."""
+    total: np.ndarray = gradients.sum(axis=0)
     return total
 
 
-def _slabs(items: int, own: int, size: int) -> int:
+def _slabs(plan: Plan, items: int, own: int) -> int:
     """Return into how many slabs, from the shape alone, a backward cuts `items` of work on `own` sets of weights."""
-    return max(1, min(items, MAX_SLABS // own, TABLE_BYTES // (16 * size)))
+    return max(1, min(items, MAX_SLABS // own, TABLE_BYTES // (16 * plan.layout.size), plan.size // SLAB_ELEMENTS))
 
 
 def _split_statistics(
