@@ -13,7 +13,7 @@ from numba import prange
 
 from ..plan import COUNT, M2, MEAN, RSTD
 from .dtypes import counts, deviation, lane, load, pointer, split_deviation, store
-from .jit import Kernel, elementwise, lanes, own_code, scalar
+from .jit import Kernel, elementwise, scalar
 from .rows import FLOAT32_SAFE
 from .welford import HUGE, POOR, PREFIX, TINY, merge, rstd_of
 
@@ -31,13 +31,12 @@ _N, _MEAN, _M2 = 0, TILE, 2 * TILE
 _BLOCK, _CHUNK, _TOTAL, _EXACT = 0, 3 * TILE, 6 * TILE, 9 * TILE  # of a block, of a chunk, of all, of a second look
 
 
-@lanes
+@elementwise
 def _block_moments(sums, moments, x, start, stride, rows, width, mask, mask_start, mask_stride, mask_step, centred):
     """Sweep a block around the tile's shifts into its moments; return how many lanes cannot be trusted.
 
     The trust is that of `welford.settle`, lane by lane.
     """
-    own_code()
     zero = lane(x, 0.0)
     one = lane(x, 1.0)
     for i in range(width):
@@ -59,8 +58,12 @@ def _block_moments(sums, moments, x, start, stride, rows, width, mask, mask_star
                 dc = deviation(x, c + i, k)
                 de = deviation(x, e + i, k)
                 store(sums, _SUM + i, load(sums, _SUM + i) + ((da + db) + (dc + de)))
-                squares = (da * da + db * db) + (dc * dc + de * de)
-                store(sums, _SQUARES + i, load(sums, _SQUARES + i) + squares)
+                squares = load(sums, _SQUARES + i)  # one by one: each product fuses with its sum
+                squares += da * da
+                squares += db * db
+                squares += dc * dc
+                squares += de * de
+                store(sums, _SQUARES + i, squares)
             whole_rows += 4
             r += 4
             continue
@@ -95,13 +98,12 @@ def _block_moments(sums, moments, x, start, stride, rows, width, mask, mask_star
     return bad
 
 
-@lanes
+@elementwise
 def _exact_moments(sums, moments, x, start, stride, rows, width, mask, mask_start, mask_stride, mask_step, centred):
     """Take the means and M2 of a block's lanes that cannot be trusted again, in float64 and two sweeps.
 
     All lanes are swept, and the others keep what they have: no lane's bits depend on its neighbours.
     """
-    own_code()
     n = moments[_BLOCK + _N : _BLOCK + _N + width]
     mean = moments[_EXACT + _MEAN : _EXACT + _MEAN + width]
     m2 = moments[_EXACT + _M2 : _EXACT + _M2 + width]
@@ -140,7 +142,6 @@ def _exact_moments(sums, moments, x, start, stride, rows, width, mask, mask_star
 @scalar
 def _merge_lanes(moments, into, part, width):
     """Merge the moments at `part` into those at `into`, lane by lane, by Chan's formula."""
-    own_code()
     for i in range(width):
         n = load(moments, into + _N + i)
         m = load(moments, part + _N + i)
@@ -224,7 +225,6 @@ def _close_groups(moments, g, k0, first, width, stats, eps):
 @elementwise
 def _write_tile(lanes_of, x, y, weight, bias, stats, g, k0, first, width, chunk_start, chunk_stop):
     """Normalize chunks of rows of a tile, in lanes (of the dtype of `lanes_of`); in float64 where float32 overflows."""
-    own_code()
     by_row = g.inner % g.lanes == 0
     params = np.empty(4 * TILE, lanes_of.dtype)
     unsafe = np.empty(TILE, np.int64)

@@ -12,7 +12,8 @@ from numba import prange
 from ..plan import COUNT, MEAN, RSTD
 from .columns import TILE
 from .dtypes import counts, lane, load, pointer, split_deviation, store
-from .jit import Kernel, elementwise, lanes, own_code, scalar
+from .jit import Kernel, elementwise, scalar
+from .lanes import fused, load_part, no_lanes, sum_of_lanes, width_of
 
 FLUSH_ROWS = 64
 """Rows whose products are added in float32 before they go to a lane's float64 sums."""
@@ -34,16 +35,16 @@ def _spread(scratch, x, weight, stats, g, k0, first, width, by_row):
         scratch[_GAIN + i] = 1.0 if by_row else load(weight, (first + i) // g.inner % g.size)
 
 
-@lanes
+@elementwise
 def _chunk_sums(sums, scratch, dy, x, weight, gradients, g, k0, first, width, chunk, by_row):
     """Sum one chunk of rows in each lane: dy and dy * h, weighted where weights lie along the rows.
 
     `sums` holds the first sum of every lane, then (from TILE on) the second.
     """
-    own_code()
     for i in range(2 * TILE):
         sums[i] = 0.0
     zero = lane(x, 0.0)
+    no = no_lanes(x)
     r_start = chunk * g.chunk_rows
     r_stop = min(r_start + g.chunk_rows, g.rows)
     tail = min(max(g.tail - first, 0), width) if chunk == g.chunks - 1 else 0
@@ -59,16 +60,16 @@ def _chunk_sums(sums, scratch, dy, x, weight, gradients, g, k0, first, width, ch
             if by_row:
                 channel = (k0 * g.rows + r) * g.lanes // g.inner % g.size
                 w = load(weight, channel)
-                a = b = zero
-                for i in range(wide):
-                    d = load(dy, dy_at + i)
-                    a += d
-                    b += d * (
-                        split_deviation(x, x_at + i, load(scratch, _HI + i), load(scratch, _LO + i))
-                        * load(scratch, _SCALE + i)
-                    )
-                gradients[0, channel] += b
-                gradients[1, channel] += a
+                a = b = no
+                for i in range(0, wide, width_of(no)):
+                    rest = wide - i
+                    d = load_part(no, dy, dy_at + i, rest)
+                    h = load_part(no, x, x_at + i, rest) - load_part(no, scratch, _HI + i, rest)
+                    h = (h - load_part(no, scratch, _LO + i, rest)) * load_part(no, scratch, _SCALE + i, rest)
+                    a = a + d
+                    b = fused(d, h, b)
+                gradients[0, channel] += sum_of_lanes(b)
+                gradients[1, channel] += sum_of_lanes(a)
                 for i in range(wide):
                     d = load(dy, dy_at + i) * w
                     h = split_deviation(x, x_at + i, load(scratch, _HI + i), load(scratch, _LO + i)) * load(
@@ -92,7 +93,6 @@ def _chunk_sums(sums, scratch, dy, x, weight, gradients, g, k0, first, width, ch
 @scalar
 def _close_groups(total, groups, scratch, weight, stats, gradients, g, k0, first, width, by_row, centred):
     """Merge the lanes' sums into groups and channels, and give every lane its group's means of g and g * h."""
-    own_code()
     base = first // g.R1
     for i in range(width):
         group = (first + i) // g.R1 % g.K1 - base
@@ -120,7 +120,6 @@ def _close_groups(total, groups, scratch, weight, stats, gradients, g, k0, first
 @elementwise
 def _emit_chunk(scratch, dy, x, dx, mask, weight, g, k0, first, width, chunk, by_row):
     """Write dx of one chunk of rows of a tile."""
-    own_code()
     zero = lane(x, 0.0)
     one = lane(x, 1.0)
     r_start = chunk * g.chunk_rows

@@ -17,7 +17,7 @@ from numba import config, types
 from numba.extending import intrinsic, overload, register_jitable
 
 from ..dtypes import NARROW, format_of
-from .jit import LANE_OPTIONS, SCALAR_OPTIONS
+from .jit import OPTIONS
 
 
 def kernel_view(array: np.ndarray) -> np.ndarray:
@@ -47,18 +47,12 @@ def counts(mask: Any, index: int) -> bool:
 
 
 def deviation(array: Any, index: int, centre: float) -> float:
-    """Read one element minus `centre`, rounded once (compiled code only).
-
-    Never written out in a loop: where sums may be reordered, LLVM may make it a difference of two large sums.
-    """
+    """Read one element minus `centre` (compiled code only)."""
     raise TypeError("deviation() is for compiled kernels")
 
 
 def split_deviation(array: Any, index: int, hi: float, lo: float) -> float:
-    """Read one element minus a mean that is kept in two lanes, ``(x - hi) - lo`` (compiled code only).
-
-    Never written out in a loop either: LLVM makes it ``x - (hi + lo)``, which loses `lo`.
-    """
+    """Read one element minus a mean that is kept in two lanes, ``(x - hi) - lo`` (compiled code only)."""
     raise TypeError("split_deviation() is for compiled kernels")
 
 
@@ -72,7 +66,7 @@ def lane(array: Any, value: float) -> float:
     raise TypeError("lane() is for compiled kernels")
 
 
-def _format(dtype: Any) -> str:
+def element_format(dtype: Any) -> str:
     """Return the name of a Numba element type: its own, or that of the half format that a record stands for."""
     if isinstance(dtype, types.Record):
         return next(iter(dtype.fields))
@@ -90,7 +84,7 @@ def _get(typing_context, array, index):
     element = _bits(array.dtype)
 
     def generate(context, builder, signature, arguments):
-        return context.unpack_value(builder, element, _pointer(context, builder, array, element, arguments))
+        return context.unpack_value(builder, element, element_pointer(context, builder, array, *arguments))
 
     return element(array, types.intp), generate
 
@@ -100,8 +94,7 @@ def _set(typing_context, array, index, value):
     element = _bits(array.dtype)
 
     def generate(context, builder, signature, arguments):
-        pointer = _pointer(context, builder, array, element, arguments)
-        context.pack_value(builder, element, arguments[2], pointer)
+        context.pack_value(builder, element, arguments[2], element_pointer(context, builder, array, *arguments[:2]))
         return context.get_dummy_value()
 
     return types.none(array, types.intp, element), generate
@@ -115,24 +108,23 @@ def _data(typing_context, array):
     return types.CPointer(array.dtype)(array), generate
 
 
-@overload(pointer, jit_options=LANE_OPTIONS)
+@overload(pointer, jit_options=OPTIONS)
 def _pointer_of(array):
     if isinstance(array, types.NoneType):
         return lambda array: None
     return lambda array: _data(array)
 
 
-def _pointer(context, builder, array, element, arguments):
-    data = arguments[0]
-    if isinstance(array, types.Array):
-        data = context.make_array(array)(context, builder, data).data
-    pointer = builder.bitcast(data, context.get_data_type(element).as_pointer())
-    return builder.gep(pointer, [arguments[1]])
+def element_pointer(context, builder, array, value, index):
+    """Generate the address of an element of an array, or at a pointer, typed as it is stored."""
+    data = context.make_array(array)(context, builder, value).data if isinstance(array, types.Array) else value
+    stored = context.get_data_type(_bits(array.dtype))
+    return builder.gep(builder.bitcast(data, stored.as_pointer()), [index])
 
 
-@overload(load, jit_options=LANE_OPTIONS)
+@overload(load, jit_options=OPTIONS)
 def _load(array, index):  # unannotated, like every overload: Numba compares the parameters to the letter
-    match _format(array.dtype):
+    match element_format(array.dtype):
         case "float32" | "float64":
             return lambda array, index: _get(array, index)
         case "float16":
@@ -145,24 +137,24 @@ def _load(array, index):  # unannotated, like every overload: Numba compares the
             return lambda array, index: np.float64(_get(array, index))
 
 
-@overload(counts, jit_options=LANE_OPTIONS)
+@overload(counts, jit_options=OPTIONS)
 def _counts(mask, index):
     return lambda mask, index: _get(mask, index)
 
 
-@overload(deviation, jit_options=SCALAR_OPTIONS)
+@overload(deviation, jit_options=OPTIONS)
 def _deviation(array, index, centre):
     return lambda array, index, centre: load(array, index) - centre
 
 
-@overload(split_deviation, jit_options=SCALAR_OPTIONS)
+@overload(split_deviation, jit_options=OPTIONS)
 def _split_deviation(array, index, hi, lo):
     return lambda array, index, hi, lo: (load(array, index) - hi) - lo
 
 
-@overload(store, jit_options=LANE_OPTIONS)
+@overload(store, jit_options=OPTIONS)
 def _store(array, index, value):
-    match _format(array.dtype):
+    match element_format(array.dtype):
         case "float16":
             return lambda array, index, value: _set(array, index, float32_to_float16(np.float32(value)))
         case "bfloat16":
@@ -173,9 +165,9 @@ def _store(array, index, value):
             return lambda array, index, value: _set(array, index, np.float64(value))
 
 
-@overload(lane, jit_options=LANE_OPTIONS)
+@overload(lane, jit_options=OPTIONS)
 def _lane(array, value):
-    if _format(array.dtype) in NARROW:
+    if element_format(array.dtype) in NARROW:
         return lambda array, value: np.float32(value)
     return lambda array, value: np.float64(value)
 
@@ -197,12 +189,45 @@ bits_to_float32 = _reinterpret(types.uint32, types.float32, ir.FloatType())
 float32_to_bits = _reinterpret(types.float32, types.uint32, ir.IntType(32))
 
 
-@intrinsic
-def _extend_float16(typing_context, bits):
-    def generate(context, builder, signature, arguments):
-        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+def extend_half(builder, bits, name):
+    """Generate the conversion of half precision, as uint16, to float32: of a scalar or of a vector."""
+    width = getattr(bits.type, "count", None)
 
-    return types.float32(types.uint16), generate
+    def kind(scalar):
+        return scalar if width is None else ir.VectorType(scalar, width)
+
+    def constant(scalar, value):
+        return ir.Constant(kind(scalar), value if width is None else [value] * width)
+
+    integer, real = ir.IntType(32), ir.FloatType()
+    if name == "bfloat16":  # the upper half of a float32
+        return builder.bitcast(builder.shl(builder.zext(bits, kind(integer)), constant(integer, 16)), kind(real))
+    if has_f16c():
+        return builder.fpext(builder.bitcast(bits, kind(ir.HalfType())), kind(real))
+    wide = builder.zext(bits, kind(integer))
+    magnitude = builder.shl(builder.and_(wide, constant(integer, 0x7FFF)), constant(integer, 13))
+    # The exponent bias differs by 112; the product also turns float16's subnormals into float32's normal numbers.
+    scaled = builder.fmul(builder.bitcast(magnitude, kind(real)), constant(real, 2.0**112))
+    special = builder.icmp_unsigned(">=", magnitude, constant(integer, 0x7C00 << 13))
+    infinite = builder.or_(magnitude, constant(integer, 0x7F800000))
+    result = builder.select(special, infinite, builder.bitcast(scaled, kind(integer)))
+    sign = builder.shl(builder.and_(wide, constant(integer, 0x8000)), constant(integer, 16))
+    return builder.bitcast(builder.or_(result, sign), kind(real))
+
+
+def _extension(name):
+    @intrinsic
+    def extend(typing_context, bits):
+        def generate(context, builder, signature, arguments):
+            return extend_half(builder, arguments[0], name)
+
+        return types.float32(types.uint16), generate
+
+    return extend
+
+
+float16_to_float32 = _extension("float16")
+bfloat16_to_float32 = _extension("bfloat16")
 
 
 @intrinsic
@@ -211,17 +236,6 @@ def _truncate_float16(typing_context, value):
         return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
 
     return types.uint16(types.float32), generate
-
-
-@register_jitable
-def float16_bits_to_float32(bits):
-    """Convert float16 bits by integer arithmetic: exact, subnormals and NaN included."""
-    magnitude = np.uint32(bits & np.uint16(0x7FFF)) << np.uint32(13)
-    # The exponent bias differs by 112; the product also turns float16's subnormals into float32's normal numbers.
-    scaled = float32_to_bits(bits_to_float32(magnitude) * np.float32(2.0**112))
-    if magnitude >= np.uint32(0x7C00 << 13):
-        scaled = magnitude | np.uint32(0x7F800000)
-    return bits_to_float32(scaled | (np.uint32(bits & np.uint16(0x8000)) << np.uint32(16)))
 
 
 @register_jitable
@@ -238,12 +252,6 @@ def float32_to_float16_bits(value):
     if magnitude > np.uint32(0x7F800000):
         half = np.uint32(0x7E00) | ((magnitude >> np.uint32(13)) & np.uint32(0x3FF))
     return np.uint16(half | ((bits >> np.uint32(16)) & np.uint32(0x8000)))
-
-
-@register_jitable
-def bfloat16_to_float32(bits):
-    """Convert bfloat16 bits, which are the upper half of a float32: exact."""
-    return bits_to_float32(np.uint32(bits) << np.uint32(16))
 
 
 @register_jitable
@@ -265,8 +273,6 @@ def has_f16c() -> bool:
 
 
 if has_f16c():
-    float16_to_float32: Callable[..., Any] = _extend_float16
     float32_to_float16: Callable[..., Any] = _truncate_float16
 else:
-    float16_to_float32 = float16_bits_to_float32
     float32_to_float16 = float32_to_float16_bits

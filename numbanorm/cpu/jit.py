@@ -9,41 +9,20 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, cast
 
-from numba import njit, types
+from numba import njit
 from numba.core import caching
-from numba.extending import intrinsic
-
-# Reductions vectorize only with `reassoc` (1.5 -> 14.9 Gelem/s). `nnan` and `ninf` stay out: they break NaN and Inf.
-LANE_FLAGS = {"reassoc", "contract", "nsz", "arcp", "afn"}
 
 # error_model="numpy": the default's branch on division by zero blocks vectorization (0.47 -> 2.1 Gelem/s on 1/sqrt).
-_OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True}
-LANE_OPTIONS: dict[str, Any] = _OPTIONS | {"fastmath": LANE_FLAGS}
-SCALAR_OPTIONS: dict[str, Any] = _OPTIONS | {"fastmath": False}
+OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True}
 
-lanes = njit(**LANE_OPTIONS)
-"""Decorates a loop over elements: its sums may be reordered into vector lanes."""
+scalar = njit(**OPTIONS)
+"""Decorates whatever is not a loop over elements: merges, roots, addresses."""
 
-elementwise = njit(**_OPTIONS, fastmath={"contract"})
-"""Decorates a loop that writes each element by itself: products and sums may fuse, nothing is reordered."""
+elementwise = njit(**OPTIONS, fastmath={"contract"})
+"""Decorates a loop that does each element, or each lane, by itself: a product and a sum may fuse, nothing is reordered.
 
-scalar = njit(**SCALAR_OPTIONS)
-"""Decorates float64 bookkeeping (merges, roots): its sums stay in the order in which they are written."""
-
-
-@intrinsic
-def own_code(typing_context):
-    """Keep LLVM from inlining the function that calls this.
-
-    A sum that may be reordered is vectorized by what LLVM knows of its surroundings. Inlined into the serial and into
-    the parallel twin it came out in different orders, and results differed in the last bit.
-    """
-
-    def generate(context, builder, signature, arguments):
-        builder.function.attributes.add("noinline")
-        return context.get_dummy_value()
-
-    return types.none(), generate
+No kernel may reorder a sum (`reassoc`): its bits would depend on what LLVM makes of its surroundings. See `lanes`.
+"""
 
 
 class Kernel:
@@ -72,7 +51,7 @@ class Kernel:
 
 
 def _compiled(function: Callable[..., None], *, parallel: bool) -> Callable[..., None]:
-    dispatcher: Any = njit(**SCALAR_OPTIONS, parallel=parallel)(function)
+    dispatcher: Any = njit(**OPTIONS, parallel=parallel)(function)
     try:
         dispatcher._cache = _DiskCache(function, "parallel" if parallel else "serial")
     except (RuntimeError, OSError) as error:

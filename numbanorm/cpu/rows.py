@@ -11,48 +11,70 @@ from numba import prange
 
 from ..plan import COUNT, M2, MEAN, RSTD
 from .dtypes import counts, deviation, lane, load, pointer, split_deviation, store
-from .jit import Kernel, elementwise, lanes, own_code, scalar
+from .jit import Kernel, elementwise, scalar
+from .lanes import (
+    all_lanes,
+    choose,
+    chosen_count,
+    first_lanes,
+    fused,
+    load_lanes,
+    load_part,
+    marked_lanes,
+    no_exact_lanes,
+    no_lanes,
+    sum_of_lanes,
+    width_of,
+)
 from .welford import BLOCK, PREFIX, merge, rstd_of, settle
 
 FLOAT32_SAFE = 1e30
 """Groups whose rstd is outside 1/FLOAT32_SAFE to FLOAT32_SAFE are written in float64: float32 would overflow."""
 
 
-@lanes
+@scalar
+def _counting_lanes(like, mask, at, step, count):
+    """Choose, of the first `count` lanes, those that count."""
+    if mask is None:
+        return first_lanes(like, count)
+    if step == 0:
+        return first_lanes(like, count if counts(mask, at) else 0)
+    return marked_lanes(like, mask, at, count)
+
+
+@scalar
 def _exact_moments(x, start, stride, runs, width, mask, mask_start, mask_stride, mask_step, centred):
     """Return (mean, M2) of a block that is not empty, in float64 and two sweeps."""
-    own_code()
-    n = s = q = mean = pivot = 0.0
-    found = not centred
+    mean = pivot = 0.0
+    n = 0
     r = 0
-    while not found:  # the first element that counts: sums around it are exactly 0 where all elements are equal
+    while centred and n == 0:  # the first element that counts: sums around it are exactly 0 where all are equal
         for i in range(width):
-            seen = True if mask is None else counts(mask, mask_start + r * mask_stride + i * mask_step)
-            if seen and not found:
+            if n == 0 and (mask is None or counts(mask, mask_start + r * mask_stride + i * mask_step)):
                 pivot = np.float64(load(x, start + r * stride + i))
-                found = True
+                n = 1
         r += 1
+    s = q = no_exact_lanes()
     for squares in range(0 if centred else 1, 2):
-        around = mean if squares == 1 else pivot
+        around = all_lanes(s, mean if squares == 1 else pivot)
+        s = q = no_exact_lanes()
+        n = 0
         for r in range(runs):
-            run = start + r * stride
             at = mask_start + r * mask_stride
-            for i in range(width):
-                seen = True if mask is None else counts(mask, at + i * mask_step)
-                d = deviation(x, run + i, around) if seen else 0.0
-                n += 1.0 if seen else 0.0
-                s += d
-                q += d * d
+            for i in range(0, width, width_of(s)):
+                chosen = _counting_lanes(s, mask, at + i * mask_step, mask_step, width - i)
+                d = choose(chosen, load_part(s, x, start + r * stride + i, width - i) - around)
+                n += chosen_count(chosen)
+                s = s + d
+                q = fused(d, d, q)
         if squares == 0:
-            mean = pivot + s / n
-            q = 0.0
-    return mean, q
+            mean = pivot + sum_of_lanes(s) / n
+    return mean, sum_of_lanes(q)
 
 
-@lanes
+@scalar
 def _chunk_moments(x, mask, g, k0, k1, chunk, centred):
     """Return (count, mean, M2) of one chunk of the group (k0, k1)."""
-    own_code()
     r_start = j_start = 0
     if g.chunks > 1:
         r_start = (chunk // g.across) * g.chunk_runs
@@ -61,14 +83,11 @@ def _chunk_moments(x, mask, g, k0, k1, chunk, centred):
     j_stop = min(j_start + g.chunk_width, g.R1)
     start = g.x_start + k0 * g.x_K0 + k1 * g.x_K1
     mask_start = g.mask_start + k0 * g.mask_K0 + k1 * g.mask_K1
-    zero = lane(x, 0.0)
-    k = zero
+    k = lane(x, 0.0)
     if centred:
-        first = start + r_start * g.x_R0 + j_start
         prefix = min(PREFIX, j_stop - j_start)
-        for i in range(prefix):
-            k += load(x, first + i)
-        k /= lane(x, prefix)
+        first = load_part(no_lanes(x), x, start + r_start * g.x_R0 + j_start, prefix)
+        k = lane(x, sum_of_lanes(first) / prefix)
     count = mean = m2 = 0.0
     for r in range(r_start, r_stop, g.block_runs):
         runs = min(g.block_runs, r_stop - r)
@@ -77,35 +96,33 @@ def _chunk_moments(x, mask, g, k0, k1, chunk, centred):
             at = start + r * g.x_R0 + j
             mask_at = mask_start + r * g.mask_R0 + j * g.mask_R1
             seen = 0
-            block_s = block_q = 0.0
+            s = q = no_lanes(x)
+            shift = all_lanes(s, k)
+            whole = width - width % width_of(s)
             for t in range(runs):
                 run = at + t * g.x_R0
-                s = q = zero
-                if mask is None:
-                    for i in range(width):
-                        d = deviation(x, run + i, k)
-                        s += d
-                        q += d * d
+                m = mask_at + t * g.mask_R0
+                if mask is not None and g.mask_R1 != 0:
+                    for i in range(0, width, width_of(s)):
+                        chosen = marked_lanes(s, mask, m + i, width - i)
+                        d = choose(chosen, load_part(s, x, run + i, width - i) - shift)
+                        seen += chosen_count(chosen)
+                        s = s + d
+                        q = fused(d, d, q)
+                elif mask is None or counts(mask, m):
+                    for i in range(0, whole, width_of(s)):
+                        d = load_lanes(s, x, run + i) - shift
+                        s = s + d
+                        q = fused(d, d, q)
+                    if whole < width:
+                        rest = width - whole
+                        d = choose(first_lanes(s, rest), load_part(s, x, run + whole, rest) - shift)
+                        s = s + d
+                        q = fused(d, d, q)
                     seen += width
-                elif g.mask_R1 == 0:
-                    if counts(mask, mask_at + t * g.mask_R0):
-                        for i in range(width):
-                            d = deviation(x, run + i, k)
-                            s += d
-                            q += d * d
-                        seen += width
-                else:
-                    for i in range(width):
-                        counted = counts(mask, mask_at + t * g.mask_R0 + i)
-                        d = deviation(x, run + i, k) if counted else zero
-                        seen += counted
-                        s += d
-                        q += d * d
-                block_s += s
-                block_q += q
             if seen > 0:
                 n = np.float64(seen)
-                block_mean, block_m2, trusted = settle(n, block_s, block_q, np.float64(k), centred)
+                block_mean, block_m2, trusted = settle(n, sum_of_lanes(s), sum_of_lanes(q), np.float64(k), centred)
                 if not trusted:
                     block_mean, block_m2 = _exact_moments(
                         x, at, g.x_R0, runs, width, mask, mask_at, g.mask_R0, g.mask_R1, centred
@@ -119,7 +136,6 @@ def _chunk_moments(x, mask, g, k0, k1, chunk, centred):
 @elementwise
 def _normalize(x, y, weight, bias, g, k0, r0, k1, j, width, mean, rstd):
     """Write `width` elements of one run, with the mean in two lanes, stretch by stretch of the affine map."""
-    own_code()
     x_start = g.x_start + k0 * g.x_K0 + r0 * g.x_R0 + k1 * g.x_K1 + j
     y_start = g.y_start + k0 * g.y_K0 + r0 * g.y_R0 + k1 * g.y_K1 + j
     flat = ((k0 * g.R0 + r0) * g.K1 + k1) * g.R1 + j

@@ -20,51 +20,60 @@ from numba import prange
 
 from ..plan import COUNT, MEAN, RSTD
 from .dtypes import counts, lane, load, pointer, split_deviation, store
-from .jit import Kernel, elementwise, lanes, own_code, scalar
+from .jit import Kernel, elementwise, scalar
+from .lanes import all_lanes, choose, first_lanes, fused, load_lanes, load_part, no_lanes, sum_of_lanes, width_of
 from .welford import BLOCK
 
 FLUSH = 32
 """Rows whose products are added in float32 before they go to the float64 gradients of weight and bias."""
 
 
-@lanes
+@scalar
 def _chunk_sums(sums, channels, dy, x, weight, g, k0, k1, chunk, mean, rstd):
     """Sum one chunk of a group: dy and dy * h for each of its channels, or of all, weighted, where weights lie along.
 
     `sums` takes the first sum of every channel, then the second.
     """
-    own_code()
     for c in range(2 * channels):
         store(sums, c, 0.0)
     r_start = (chunk // g.across) * g.chunk_runs
     j_start = (chunk % g.across) * g.chunk_width
     j_stop = min(j_start + g.chunk_width, g.R1)
-    hi = lane(x, mean)
-    lo = lane(x, mean - np.float64(hi))
-    scale = lane(x, rstd)
+    no = no_lanes(x)
+    hi = all_lanes(no, lane(x, mean))
+    lo = all_lanes(no, lane(x, mean - np.float64(lane(x, mean))))
+    scale = all_lanes(no, lane(x, rstd))
     for r0 in range(r_start, min(r_start + g.chunk_runs, g.R0)):
         x_start = g.x_start + k0 * g.x_K0 + r0 * g.x_R0 + k1 * g.x_K1
         dy_start = g.y_start + k0 * g.y_K0 + r0 * g.y_R0 + k1 * g.y_K1
         j = j_start
         while j < j_stop:
-            a = b = lane(x, 0.0)
-            channel = 0
+            channel = first = 0
             width = min(j_stop - j, BLOCK)
             if g.inner == 1:
                 first = (k1 * g.R1 + j) % g.size
-                for i in range(width):
-                    d = load(dy, dy_start + j + i) * load(weight, first + i)
-                    a += d
-                    b += d * (split_deviation(x, x_start + j + i, hi, lo) * scale)
             else:
                 width = min(width, g.inner - j % g.inner)
                 channel = j // g.inner
-                for i in range(width):
-                    d = load(dy, dy_start + j + i)
-                    a += d
-                    b += d * (split_deviation(x, x_start + j + i, hi, lo) * scale)
-            store(sums, channel, load(sums, channel) + a)
-            store(sums, channels + channel, load(sums, channels + channel) + b)
+            a = b = no
+            whole = width - width % width_of(no)
+            for i in range(0, whole, width_of(no)):
+                d = load_lanes(no, dy, dy_start + j + i)
+                if g.inner == 1:
+                    d = d * load_lanes(no, weight, first + i)
+                h = ((load_lanes(no, x, x_start + j + i) - hi) - lo) * scale
+                a = a + d
+                b = fused(d, h, b)
+            if whole < width:
+                rest = width - whole
+                d = load_part(no, dy, dy_start + j + whole, rest)
+                if g.inner == 1:
+                    d = d * load_part(no, weight, first + whole, rest)
+                h = ((load_part(no, x, x_start + j + whole, rest) - hi) - lo) * scale
+                a = a + d
+                b = b + choose(first_lanes(no, rest), d * h)
+            store(sums, channel, load(sums, channel) + sum_of_lanes(a))
+            store(sums, channels + channel, load(sums, channels + channel) + sum_of_lanes(b))
             j += width
 
 
@@ -76,7 +85,6 @@ def _emit(dy, x, dx, mask, weight, products, half, g, k0, r0, k1, start, stop, m
 
     Two loops, not one: with every array in it, LLVM would need too many checks of pointers and not vectorize.
     """
-    own_code()
     x_start = g.x_start + k0 * g.x_K0 + r0 * g.x_R0 + k1 * g.x_K1
     dy_start = g.y_start + k0 * g.y_K0 + r0 * g.y_R0 + k1 * g.y_K1
     dx_start = ((k0 * g.R0 + r0) * g.K1 + k1) * g.R1

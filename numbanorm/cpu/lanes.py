@@ -1,0 +1,255 @@
+"""Lanes: a vector of numbers as a Numba type, so that sums have one order.
+
+A loop that adds into one scalar only vectorizes where LLVM may reorder its additions, and then the order, and with it
+the last bit, depends on what else LLVM sees: serial and parallel twin, a fresh kernel and one from the cache on disk
+came out different. Here the order is written down: lane ``j`` adds elements ``j, j + width, j + 2 * width, ...``, and
+the lanes are added by halves. One variable of lanes is several vector registers, which also keeps the adders busy.
+
+Lanes add, subtract and multiply with ``+ - *``; everything else is a function below, for compiled code only.
+"""
+
+from __future__ import annotations
+
+import operator
+
+from llvmlite import ir
+from numba import types
+from numba.core.typing import signature as typing_signature
+from numba.core.typing.templates import AbstractTemplate, infer_global
+from numba.extending import intrinsic, lower_builtin, models, register_model
+
+from ..dtypes import NARROW
+from .dtypes import element_format, element_pointer, extend_half
+
+WIDTHS = {types.float32: 32, types.float64: 16}
+"""Lanes by lane type: two 512-bit or four 256-bit registers of float32; more would spill where there are 16 of them."""
+
+_I32 = ir.IntType(32)
+_LLVM = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}
+
+
+class Lanes(types.Type):
+    """As many numbers as `WIDTHS` tells for the lane type."""
+
+    def __init__(self, element):
+        self.element = element
+        self.width = WIDTHS[element]
+        super().__init__(f"Lanes({element})")
+
+
+class Choice(types.Type):
+    """One truth value a lane."""
+
+    def __init__(self, width):
+        self.width = width
+        super().__init__(f"Choice({width})")
+
+
+@register_model(Lanes)
+class _LanesModel(models.PrimitiveModel):
+    def __init__(self, manager, kind):
+        super().__init__(manager, kind, ir.VectorType(_LLVM[kind.element], kind.width))
+
+
+@register_model(Choice)
+class _ChoiceModel(models.PrimitiveModel):
+    def __init__(self, manager, kind):
+        super().__init__(manager, kind, ir.VectorType(ir.IntType(1), kind.width))
+
+
+def _operation(symbol, name):
+    @infer_global(symbol)
+    class _Template(AbstractTemplate):
+        def generic(self, arguments, keywords):
+            if len(arguments) == 2 and isinstance(arguments[0], Lanes) and arguments[0] == arguments[1]:
+                return typing_signature(arguments[0], *arguments)
+            return None
+
+    @lower_builtin(symbol, Lanes, Lanes)
+    def _lower(context, builder, signature, arguments):
+        return getattr(builder, name)(*arguments)
+
+
+for _symbol, _name in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul")):
+    _operation(_symbol, _name)
+
+
+def _repeat(builder, scalar, width):
+    undefined = ir.Constant(ir.VectorType(scalar.type, width), ir.Undefined)
+    first = builder.insert_element(undefined, scalar, ir.Constant(_I32, 0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_I32, width), [0] * width))
+
+
+def _first(builder, count, width):
+    numbers = ir.Constant(ir.VectorType(_I32, width), list(range(width)))
+    return builder.icmp_signed("<", numbers, _repeat(builder, builder.trunc(count, _I32), width))
+
+
+def _read(context, builder, array, arguments, width, chosen=None):
+    """Read neighbours as they are stored: all, or the chosen ones and zeros."""
+    pointer = element_pointer(context, builder, array, *arguments)
+    stored = pointer.type.pointee
+    vector = ir.VectorType(stored, width)
+    pointer = builder.bitcast(pointer, vector.as_pointer())
+    size = context.get_abi_sizeof(stored)
+    if chosen is None:
+        return builder.load(pointer, align=size)
+    name = f"llvm.masked.load.v{width}{'i' if isinstance(stored, ir.IntType) else 'f'}{8 * size}.p0"
+    kind = ir.FunctionType(vector, [vector.as_pointer(), _I32, chosen.type, vector])
+    function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    return builder.call(function, [pointer, ir.Constant(_I32, size), chosen, ir.Constant(vector, None)])
+
+
+def _convert(builder, raw, name, lanes):
+    """Turn elements as they are stored into lanes."""
+    target = ir.VectorType(_LLVM[lanes.element], lanes.width)
+    if name in ("float16", "bfloat16"):
+        raw = extend_half(builder, raw, name)
+        name = "float32"
+    if name in ("float32", "float64"):
+        return raw if raw.type == target else builder.fpext(raw, target)
+    if name.startswith("int"):
+        return builder.sitofp(raw, target)
+    return builder.uitofp(raw, target)
+
+
+@intrinsic
+def no_lanes(typing_context, array):
+    """Return lanes of zeros, of the type in which elements of `array` are summed."""
+    lanes = Lanes(types.float32 if element_format(array.dtype) in NARROW else types.float64)
+
+    def generate(context, builder, signature, arguments):
+        return ir.Constant(context.get_value_type(lanes), None)
+
+    return lanes(array), generate
+
+
+@intrinsic
+def no_exact_lanes(typing_context):
+    """Return float64 lanes of zeros."""
+    lanes = Lanes(types.float64)
+
+    def generate(context, builder, signature, arguments):
+        return ir.Constant(context.get_value_type(lanes), None)
+
+    return lanes(), generate
+
+
+@intrinsic
+def width_of(typing_context, lanes):
+    """Return the number of lanes."""
+
+    def generate(context, builder, signature, arguments):
+        return ir.Constant(ir.IntType(64), lanes.width)
+
+    return types.intp(lanes), generate
+
+
+@intrinsic
+def all_lanes(typing_context, like, value):
+    """Return lanes that all hold one scalar."""
+
+    def generate(context, builder, signature, arguments):
+        return _repeat(builder, arguments[1], like.width)
+
+    return like(like, like.element), generate
+
+
+@intrinsic
+def load_lanes(typing_context, like, array, index):
+    """Read the elements from `index` on."""
+
+    def generate(context, builder, signature, arguments):
+        raw = _read(context, builder, array, arguments[1:], like.width)
+        return _convert(builder, raw, element_format(array.dtype), like)
+
+    return like(like, array, types.intp), generate
+
+
+@intrinsic
+def load_part(typing_context, like, array, index, count):
+    """Read `count` elements, fewer than there are lanes; the other lanes are 0."""
+
+    def generate(context, builder, signature, arguments):
+        chosen = _first(builder, arguments[3], like.width)
+        raw = _read(context, builder, array, arguments[1:3], like.width, chosen)
+        return _convert(builder, raw, element_format(array.dtype), like)
+
+    return like(like, array, types.intp, types.intp), generate
+
+
+@intrinsic
+def first_lanes(typing_context, like, count):
+    """Choose the first `count` lanes."""
+
+    def generate(context, builder, signature, arguments):
+        return _first(builder, arguments[1], like.width)
+
+    return Choice(like.width)(like, types.intp), generate
+
+
+@intrinsic
+def marked_lanes(typing_context, like, mask, index, count):
+    """Choose, of the first `count` lanes, those that count in `mask` from `index` on."""
+
+    def generate(context, builder, signature, arguments):
+        chosen = _first(builder, arguments[3], like.width)
+        raw = _read(context, builder, mask, arguments[1:3], like.width, chosen)
+        return builder.icmp_unsigned("!=", raw, ir.Constant(raw.type, None))
+
+    return Choice(like.width)(like, mask, types.intp, types.intp), generate
+
+
+@intrinsic
+def choose(typing_context, choice, lanes):
+    """Return the chosen lanes, and 0 in the others."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.select(arguments[0], arguments[1], ir.Constant(arguments[1].type, None))
+
+    return lanes(choice, lanes), generate
+
+
+@intrinsic
+def chosen_count(typing_context, choice):
+    """Return how many lanes are chosen."""
+
+    def generate(context, builder, signature, arguments):
+        bits = builder.bitcast(arguments[0], ir.IntType(choice.width))
+        return builder.zext(builder.ctpop(bits), ir.IntType(64))
+
+    return types.intp(choice), generate
+
+
+@intrinsic
+def fused(typing_context, a, b, c):
+    """Return a * b + c, rounded once where the CPU can."""
+
+    def generate(context, builder, signature, arguments):
+        kind = arguments[0].type
+        name = f"llvm.fmuladd.v{a.width}f{32 if a.element == types.float32 else 64}"
+        function = builder.module.globals.get(name) or ir.Function(
+            builder.module, ir.FunctionType(kind, [kind] * 3), name
+        )
+        return builder.call(function, arguments)
+
+    return a(a, b, c), generate
+
+
+@intrinsic
+def sum_of_lanes(typing_context, lanes):
+    """Add the lanes by halves, and return the sum as float64."""
+
+    def generate(context, builder, signature, arguments):
+        vector = arguments[0]
+        width = lanes.width
+        while width > 1:
+            width //= 2
+            low, high = (ir.Constant(ir.VectorType(_I32, width), [*range(a, a + width)]) for a in (0, width))
+            vector = builder.fadd(
+                builder.shuffle_vector(vector, vector, low), builder.shuffle_vector(vector, vector, high)
+            )
+        scalar = builder.extract_element(vector, ir.Constant(_I32, 0))
+        return scalar if lanes.element == types.float64 else builder.fpext(scalar, ir.DoubleType())
+
+    return types.float64(lanes), generate
