@@ -189,7 +189,7 @@ bits_to_float32 = _reinterpret(types.uint32, types.float32, ir.FloatType())
 float32_to_bits = _reinterpret(types.float32, types.uint32, ir.IntType(32))
 
 
-def extend_half(builder, bits, name):
+def extend_half(builder, bits, name, in_hardware):
     """Generate the conversion of half precision, as uint16, to float32: of a scalar or of a vector."""
     width = getattr(bits.type, "count", None)
 
@@ -202,7 +202,7 @@ def extend_half(builder, bits, name):
     integer, real = ir.IntType(32), ir.FloatType()
     if name == "bfloat16":  # the upper half of a float32
         return builder.bitcast(builder.shl(builder.zext(bits, kind(integer)), constant(integer, 16)), kind(real))
-    if has_f16c():
+    if in_hardware:
         return builder.fpext(builder.bitcast(bits, kind(ir.HalfType())), kind(real))
     wide = builder.zext(bits, kind(integer))
     magnitude = builder.shl(builder.and_(wide, constant(integer, 0x7FFF)), constant(integer, 13))
@@ -215,19 +215,20 @@ def extend_half(builder, bits, name):
     return builder.bitcast(builder.or_(result, sign), kind(real))
 
 
-def _extension(name):
+def _extension(name, in_hardware):
     @intrinsic
     def extend(typing_context, bits):
         def generate(context, builder, signature, arguments):
-            return extend_half(builder, arguments[0], name)
+            return extend_half(builder, arguments[0], name, in_hardware)
 
         return types.float32(types.uint16), generate
 
     return extend
 
 
-float16_to_float32 = _extension("float16")
-bfloat16_to_float32 = _extension("bfloat16")
+_extend_float16 = _extension("float16", in_hardware=True)
+float16_bits_to_float32 = _extension("float16", in_hardware=False)
+bfloat16_to_float32 = _extension("bfloat16", in_hardware=False)
 
 
 @intrinsic
@@ -273,6 +274,8 @@ def has_f16c() -> bool:
 
 
 if has_f16c():
+    float16_to_float32: Any = _extend_float16
     float32_to_float16: Callable[..., Any] = _truncate_float16
 else:
+    float16_to_float32 = float16_bits_to_float32
     float32_to_float16 = float32_to_float16_bits

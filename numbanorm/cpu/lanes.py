@@ -19,7 +19,7 @@ from numba.core.typing.templates import AbstractTemplate, infer_global
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
 from ..dtypes import NARROW
-from .dtypes import element_format, element_pointer, extend_half
+from .dtypes import element_format, element_pointer, extend_half, has_f16c
 
 WIDTHS = {types.float32: 32, types.float64: 16}
 """Lanes by lane type: two 512-bit or four 256-bit registers of float32; more would spill where there are 16 of them."""
@@ -104,7 +104,7 @@ def _convert(builder, raw, name, lanes):
     """Turn elements as they are stored into lanes."""
     target = ir.VectorType(_LLVM[lanes.element], lanes.width)
     if name in ("float16", "bfloat16"):
-        raw = extend_half(builder, raw, name)
+        raw = extend_half(builder, raw, name, has_f16c())
         name = "float32"
     if name in ("float32", "float64"):
         return raw if raw.type == target else builder.fpext(raw, target)
