@@ -161,7 +161,7 @@ class _Running:
         for name, array in (("running_mean", self.mean), ("running_var", self.var)):
             if array.shape != (channels,):
                 raise ValueError(f"{name}: expected shape {(channels,)}, got {array.shape}")
-            if not is_float(array.dtype):
+            if not is_float(array.dtype.newbyteorder("=")):
                 raise TypeError(f"{name}: expected a float dtype, got {array.dtype}")
 
     def check_writeable(self, mean: Any, var: Any) -> None:
@@ -312,7 +312,7 @@ def _given_statistic(value: Any, name: str, layout: Layout) -> np.ndarray:
     array = arrays.as_array(value, name)
     if array.shape != layout.stats_shape:
         raise ValueError(f"{name}: expected shape {layout.stats_shape}, got {array.shape}")
-    if not is_float(array.dtype):
+    if not is_float(array.dtype.newbyteorder("=")):
         raise TypeError(f"{name}: expected a float dtype, got {array.dtype}")
     if layout.stats_order is None:
         return array.reshape(-1)

@@ -1,0 +1,43 @@
+"""Fixtures of the whole suite: hypothesis profiles, threads, torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numba
+import pytest
+from hypothesis import HealthCheck, settings
+
+import numbanorm as nn
+
+# No deadline: the first example of a dtype compiles kernels for seconds.
+settings.register_profile("default", deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", settings.get_profile("default"), derandomize=True, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Every test starts on one thread; those about threads take `threads` or set their own."""
+    nn.set_num_threads(1)
+    yield
+    nn.set_num_threads(1)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest, _one_thread: None) -> int:
+    """Run a test on one thread and on two."""
+    if request.param > numba.config.NUMBA_NUM_THREADS:
+        pytest.skip(f"needs {request.param} threads")
+    nn.set_num_threads(request.param)
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def torch() -> Any:
+    """Return torch, or skip where it is not installed."""
+    module = pytest.importorskip("torch")
+    module.set_num_threads(1)
+    return module

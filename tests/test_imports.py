@@ -1,0 +1,120 @@
+"""What `import numbanorm` brings along, and what it costs; each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tolerances import IMPORT_SECONDS
+
+import numbanorm
+
+FORBIDDEN = [
+    "numba.cuda",
+    "numba_cuda",
+    "matplotlib",
+    "torch",
+    "dask",
+    "click",
+    "rich",
+    "ml_dtypes",
+    "pandas",
+    "onnx",
+    "sklearn",
+    "safetensors",
+]
+
+
+def run(code: str, *options: str, **environment: str) -> str:
+    """Run code in a fresh interpreter that finds the same numbanorm; return what it prints."""
+    home = str(Path(numbanorm.__file__).parents[1])
+    path = os.pathsep.join(p for p in (home, os.environ.get("PYTHONPATH", "")) if p)
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run(
+        [sys.executable, *options, "-c", code],
+        env=own | {"PYTHONPATH": path} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_nothing_heavy_is_imported() -> None:
+    code = f"""
+import sys
+import numbanorm
+print([name for name in {FORBIDDEN!r} if name in sys.modules])
+"""
+    assert run(code) == "[]"
+
+
+def test_nothing_heavy_is_imported_by_a_call() -> None:
+    code = f"""
+import sys
+import numpy as np
+import numbanorm as nn
+x = np.ones((4, 6), np.float32)
+nn.layer_norm(x, 6)
+nn.BatchNorm(6)(x)
+nn.Moments.of(x)
+print([name for name in {FORBIDDEN!r} if name in sys.modules])
+"""
+    assert run(code) == "[]"
+
+
+def test_nothing_is_compiled_or_started_by_the_import() -> None:
+    code = """
+import threading
+import numba.core.dispatcher as dispatcher
+compiled = []
+compile = dispatcher.Dispatcher.compile
+dispatcher.Dispatcher.compile = lambda self, sig: (compiled.append(self.py_func.__name__), compile(self, sig))[1]
+import numbanorm
+print(compiled, threading.active_count())
+"""
+    assert run(code) == "[] 1"
+
+
+def test_no_warnings() -> None:
+    assert run("import numbanorm; print(numbanorm.__version__)", "-W", "error") == numbanorm.__version__
+
+
+def test_public_names() -> None:
+    for name in numbanorm.__all__:
+        assert getattr(numbanorm, name) is not None
+    assert sorted(set(numbanorm.__all__)) == sorted(numbanorm.__all__)
+    wanted = {
+        *("batch_norm", "layer_norm", "instance_norm", "group_norm", "rms_norm"),
+        *("BatchNorm", "LayerNorm", "InstanceNorm", "GroupNorm", "RMSNorm", "Norm"),
+        *("Layout", "Moments", "set_num_threads", "get_num_threads"),
+    }
+    assert wanted <= set(numbanorm.__all__)
+
+
+TIMED = """
+import time
+import numba
+start = time.perf_counter()
+import numbanorm
+print(time.perf_counter() - start)
+"""
+
+
+@pytest.mark.slow
+def test_cost_beside_numba() -> None:
+    """The median of fresh processes; other work on the machine may disturb it, so there are three attempts."""
+    run(TIMED)  # leaves compiled bytecode behind
+    medians = []
+    for _ in range(3):
+        seconds = [float(run(TIMED)) for _ in range(5)]
+        medians.append(statistics.median(seconds))
+        if medians[-1] <= IMPORT_SECONDS:
+            return
+    pytest.fail(f"import numbanorm costs {min(medians):.3f} s beside numba, expected {IMPORT_SECONDS}")
