@@ -3,9 +3,9 @@
     python benchmarks/memory.py [--only WORD] [--threads N] [--json FILE] [--check]
 
 Every call runs in a process of its own, on inputs of 64 MB that have been touched, after a call on a few samples that
-compiles its kernels. The process's high-water mark of resident memory is reset, the call is made, and what the mark rose
-by, less the bytes of what was returned, is the extra memory. Huge pages are off, because they round up to 2 MB. Linux
-only: it needs /proc/self/clear_refs.
+compiles its kernels. The process's high-water mark of resident memory is reset, the call is made, and what the mark
+rose by, less the bytes of what was returned, is the extra memory. Huge pages are off, because they round up to 2 MB.
+Linux only: it needs /proc/self/clear_refs.
 """
 
 from __future__ import annotations
