@@ -252,8 +252,8 @@ def run_backward(
     mask: Any,
     *,
     fixed: bool = False,
-) -> tuple[Any, Any, Any]:
-    """Return dx, dweight, dbias; with `fixed` the statistics do not depend on x."""
+) -> tuple[Any, ...]:
+    """Return dx, dweight and, where there is a mean, dbias; with `fixed` the statistics do not depend on x."""
     shape = source.shape
     dtype, lane = form.result, form.lane
     gradient, gradient_form = arrays.as_input(dy, "dy")
@@ -274,37 +274,31 @@ def run_backward(
     )
     layout = work.layout
     flat_weight = None if weight is None else _parameter(weight, "weight", layout, lane)
-    stats = np.zeros((4, layout.groups))
-    stats[RSTD] = _given_statistic(rstd, "rstd", layout)
-    if layout.centred:
-        stats[MEAN] = _given_statistic(mean, "mean", layout)
+    flat_rstd = _given_statistic(rstd, "rstd", layout)
+    flat_mean = _given_statistic(mean, "mean", layout) if layout.centred else np.zeros(1)
     dx = arrays.fresh(work, dtype)
-    gradients = np.zeros((2, layout.size))
+    gradients = (np.zeros(layout.size), np.zeros(layout.size))
     if work.size > 0:
         flat_x = arrays.flat(source, work.x, work)
-        flat_mask = None if counted is None else arrays.flat(counted, work.mask, work)
-        if flat_mask is not None:
-            stats[COUNT] = cpu_backend().statistics(work, flat_x, flat_mask)[COUNT]
-        elif not fixed:
-            stats[COUNT] = layout.count
         flat_dy = arrays.flat(gradient, work.y, work)
+        flat_dx = arrays.flat(dx, work.packed, work)
+        flat_mask = None if counted is None else arrays.flat(counted, work.mask, work)
         gradients = cpu_backend().backward(
-            work, flat_dy, flat_x, arrays.flat(dx, work.packed, work), flat_weight, stats, flat_mask
+            work, flat_dy, flat_x, flat_dx, flat_weight, flat_mean, flat_rstd, flat_mask, fixed
         )
     kind = lane if weight is None else arrays.as_array(weight, "weight").dtype
     if work.reordered:
         packed, dx = dx, np.empty_like(source, dtype)
         np.copyto(dx, packed)
     results = [dx]
-    for gradient_row in gradients:
+    for gradient_row in gradients if layout.centred else gradients[:1]:
         values = gradient_row
         if layout.affine_order is not None:
             lengths_in_memory = [layout.affine_shape[a] for a in layout.affine_order]
             values = values.reshape(lengths_in_memory).transpose(np.argsort(layout.affine_order))
-        results.append(values.reshape(layout.affine_shape).astype(kind))
+        results.append(values.reshape(layout.affine_shape).astype(kind, copy=False))
     back = None if type(x) is np.ndarray else arrays.way_back(x)
-    first, second, third = results if back is None else map(back, results)
-    return first, second, third
+    return tuple(results if back is None else map(back, results))
 
 
 def _given_statistic(value: Any, name: str, layout: Layout) -> np.ndarray:
@@ -314,6 +308,7 @@ def _given_statistic(value: Any, name: str, layout: Layout) -> np.ndarray:
         raise ValueError(f"{name}: expected shape {layout.stats_shape}, got {array.shape}")
     if not is_float(array.dtype.newbyteorder("=")):
         raise TypeError(f"{name}: expected a float dtype, got {array.dtype}")
+    array = np.require(array, np.float64, ["C", "A", "W"])
     if layout.stats_order is None:
         return array.reshape(-1)
     lengths_in_order = [layout.stats_lengths[a] for a in layout.stats_order]

@@ -563,4 +563,4 @@ def rms_norm_backward(
     """
     source, form = arrays.as_input(x, "x")
     options = (1, None, normalized_axes(source.shape, normalized_shape, axis))
-    return run_backward("rms", options, dy, x, source, form, None, rstd, weight, None)[:2]
+    return run_backward("rms", options, dy, x, source, form, None, rstd, weight, None)

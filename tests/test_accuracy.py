@@ -267,7 +267,7 @@ class TestHard:
 
     @arrangement
     @pytest.mark.parametrize("n", [1024, 16384])
-    @pytest.mark.parametrize("std", [1e-15, 1e-18, 1e-20, 1e-30, 1e-37])
+    @pytest.mark.parametrize("std", [1e-15, 1e-18, 1e-20, 1e-21, 1e-22, 1e-23, 1e-30, 1e-37])
     def test_tiny_variance(self, name: str, n: int, std: float) -> None:
         """Squares that float32 cannot hold."""
         values = (std * normal(0, (6, n), np.float64)).astype(np.float32)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import statistics
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from processes import run
 from tolerances import IMPORT_SECONDS
 
 import numbanorm
@@ -27,23 +24,6 @@ FORBIDDEN = [
     "sklearn",
     "safetensors",
 ]
-
-
-def run(code: str, *options: str, **environment: str) -> str:
-    """Run code in a fresh interpreter that finds the same numbanorm; return what it prints."""
-    home = str(Path(numbanorm.__file__).parents[1])
-    path = os.pathsep.join(p for p in (home, os.environ.get("PYTHONPATH", "")) if p)
-    own = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    done = subprocess.run(
-        [sys.executable, *options, "-c", code],
-        env=own | {"PYTHONPATH": path} | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
 
 
 def test_nothing_heavy_is_imported() -> None:
@@ -80,6 +60,10 @@ import numbanorm
 print(compiled, threading.active_count())
 """
     assert run(code) == "[] 1"
+
+
+def test_it_is_the_same_package() -> None:
+    assert run("import numbanorm; print(numbanorm.__file__)") == numbanorm.__file__
 
 
 def test_no_warnings() -> None:

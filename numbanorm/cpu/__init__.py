@@ -119,9 +119,11 @@ def backward(
     x: np.ndarray,
     dx: np.ndarray,
     weight: np.ndarray | None,
-    stats: np.ndarray,
+    mean: np.ndarray,
+    rstd: np.ndarray,
     mask: np.ndarray | None = None,
-) -> np.ndarray:
+    fixed: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
     """Write dx and return the gradients of weight and bias.
 
     Parameters
@@ -134,21 +136,30 @@ def backward(
         Packed array for the input's gradient.
     weight : np.ndarray or None
         Flat, in the lane dtype.
-    stats : np.ndarray
-        As `forward` returns them; count 0 where the statistics do not depend on `x`.
+    mean, rstd : np.ndarray
+        Of every group, float64; `mean` may be one element for all.
     mask : np.ndarray, optional
         Flat span of bool: where True, the element counted.
+    fixed : bool, optional
+        True: the statistics do not depend on `x`.
 
     Returns
     -------
-    np.ndarray, shape (2, size), float64
-        dweight and dbias.
+    dweight, dbias : np.ndarray, shape (size,)
+        In float64, or, to save memory, in the lane dtype; dbias may be empty where there is no mean.
     """
     layout = plan.layout
     geo = geometry(plan, True)
     weight = _constant(layout.size, _lane(x), 1) if weight is None else weight
-    dy, x, dx = kernel_view(dy), kernel_view(x), kernel_view(dx)
     threads = _threads(plan)
+    if mask is None:
+        count = np.full(1, 0.0 if fixed else layout.count)
+    else:
+        count = np.empty(layout.groups)
+        _run(rows.count, threads, mask, count, geo)
+    data = (kernel_view(dy), kernel_view(x))
+    out = kernel_view(dx)
+    stats = (count, mean, rstd)
     k0, _, k1, r1 = layout.view
     if plan.columns:
         by_row = layout.inner % int(geo[0]["lanes"]) == 0
@@ -157,12 +168,12 @@ def backward(
             chunks = int(geo[0]["chunks"])
             table = np.zeros((tiles, chunks, 2, int(geo[0]["tile"])))
             total = np.zeros((2, layout.size))
-            _run(columns_backward.chunk_sums, threads, dy, x, weight, stats, table, geo)
-            _run(columns_backward.emit, threads, dy, x, dx, mask, weight, stats, table, total, geo, layout.centred)
-            return total
+            _run(columns_backward.chunk_sums, threads, *data, weight, *stats, table, geo)
+            _run(columns_backward.emit, threads, *data, out, mask, weight, *stats, table, total, geo, layout.centred)
+            return total[0], total[1]
         items, own = (k0 * tiles, 1) if by_row else (k0, tiles)
         gradients = np.zeros((_slabs(plan, items, own), 2, layout.size))
-        _run(columns_backward.backward, threads, dy, x, dx, mask, weight, stats, gradients, geo, layout.centred)
+        _run(columns_backward.backward, threads, *data, out, mask, weight, *stats, gradients, geo, layout.centred)
         return _sum_slabs(gradients)
     along = layout.inner == 1
     long = along and layout.groups == k0 and layout.count == r1 > CHUNK
@@ -172,26 +183,25 @@ def backward(
         sums = np.empty((2, layout.groups))
         # A group of one channel is summed without its weight: these sums are the gradients too.
         factor = weight if long else _constant(layout.size, _lane(x), 1)
-        _run(rows_backward.chunk_sums, threads, dy, x, factor, stats, table, geo)
+        _run(rows_backward.chunk_sums, threads, *data, factor, *stats, table, geo)
         _run(rows_backward.merge_sums, 1, table, sums)
         if long:
-            gradients = np.zeros((1, 2, layout.size))
-            _run(
-                rows_backward.emit_lanes, threads, dy, x, dx, mask, weight, stats, sums, gradients, geo, layout.centred
-            )
-            return _sum_slabs(gradients)
-        weighted = sums * weight
-        _run(rows_backward.emit, threads, dy, x, dx, mask, weight, stats, weighted, geo, layout.centred)
-        return sums[::-1].copy()
+            dweight = np.empty(layout.size, weight.dtype)
+            dbias = np.empty(layout.size if layout.centred else 0, weight.dtype)
+            arguments = (*data, out, mask, weight, *stats, sums, dweight, dbias, geo, layout.centred)
+            _run(rows_backward.emit_lanes, threads, *arguments)
+            return dweight, dbias
+        _run(rows_backward.emit, threads, *data, out, mask, weight, *stats, sums * weight, geo, layout.centred)
+        return sums[1], sums[0]
     gradients = np.zeros((_slabs(plan, k0, k1), 2, layout.size))
-    _run(rows_backward.backward, threads, dy, x, dx, mask, weight, stats, gradients, geo, layout.centred)
+    _run(rows_backward.backward, threads, *data, out, mask, weight, *stats, gradients, geo, layout.centred)
     return _sum_slabs(gradients)
 
 
-def _sum_slabs(gradients: np.ndarray) -> np.ndarray:
+def _sum_slabs(gradients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Add the slabs, in order."""
-    total: np.ndarray = gradients.sum(axis=0)
-    return total
+    total = gradients[0] if len(gradients) == 1 else gradients.sum(axis=0)
+    return total[0], total[1]
 
 
 def _slabs(plan: Plan, items: int, own: int) -> int:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from ..plan import COUNT, MEAN, RSTD
 from .columns import TILE
 from .dtypes import counts, lane, load, pointer, split_deviation, store
 from .jit import Kernel, elementwise, scalar
 from .lanes import fused, load_part, no_lanes, sum_of_lanes, width_of
+from .welford import at
 
 FLUSH_ROWS = 64
 """Rows whose products are added in float32 before they go to a lane's float64 sums."""
@@ -23,15 +23,15 @@ _HI, _LO, _SCALE, _GAIN, _MEAN_G, _MEAN_GH, _A, _B = (i * TILE for i in range(8)
 
 
 @scalar
-def _spread(scratch, x, weight, stats, g, k0, first, width, by_row):
+def _spread(scratch, x, weight, means, rstds, g, k0, first, width, by_row):
     """Give every lane of a tile its mean (in two parts), rstd and weight."""
     for i in range(width):
         group = k0 * g.K1 + (first + i) // g.R1 % g.K1
-        mean = stats[MEAN, group]
+        mean = at(means, group)
         hi = lane(x, mean)
         scratch[_HI + i] = hi
         scratch[_LO + i] = mean - np.float64(hi)
-        scratch[_SCALE + i] = stats[RSTD, group]
+        scratch[_SCALE + i] = at(rstds, group)
         scratch[_GAIN + i] = 1.0 if by_row else load(weight, (first + i) // g.inner % g.size)
 
 
@@ -91,7 +91,7 @@ def _chunk_sums(sums, scratch, dy, x, weight, gradients, g, k0, first, width, ch
 
 
 @scalar
-def _close_groups(total, groups, scratch, weight, stats, gradients, g, k0, first, width, by_row, centred):
+def _close_groups(total, groups, scratch, weight, counts_of, gradients, g, k0, first, width, by_row, centred):
     """Merge the lanes' sums into groups and channels, and give every lane its group's means of g and g * h."""
     base = first // g.R1
     for i in range(width):
@@ -110,7 +110,7 @@ def _close_groups(total, groups, scratch, weight, stats, gradients, g, k0, first
         groups[TILE + group] += w * total[TILE + i]
     for i in range(width):
         group = (first + i) // g.R1 % g.K1
-        count = stats[COUNT, k0 * g.K1 + group]
+        count = at(counts_of, k0 * g.K1 + group)
         # Where nothing counts, as in inference, the statistics do not depend on x.
         share = 1.0 / count if count > 0.0 else 0.0
         scratch[_MEAN_G + i] = groups[group - base] * share if centred else 0.0
@@ -157,23 +157,25 @@ def _emit_chunk(scratch, dy, x, dx, mask, weight, g, k0, first, width, chunk, by
 
 
 @scalar
-def _backward_tile(lanes_of, dy, x, dx, mask, weight, stats, gradients, g, k0, first, width, by_row, centred):
+def _backward_tile(
+    lanes_of, dy, x, dx, mask, weight, counts_of, means, rstds, gradients, g, k0, first, width, by_row, centred
+):
     """Take one tile: sums over its rows, then dx; lanes are of the dtype of `lanes_of`."""
     scratch = np.empty(8 * TILE, lanes_of.dtype)
     sums = np.empty(2 * TILE)
     total = np.zeros(2 * TILE)
-    _spread(scratch, x, weight, stats, g, k0, first, width, by_row)
+    _spread(scratch, x, weight, means, rstds, g, k0, first, width, by_row)
     for chunk in range(g.chunks):
         _chunk_sums(sums, scratch, dy, x, weight, gradients, g, k0, first, width, chunk, by_row)
         for i in range(2 * TILE):
             total[i] += sums[i]
-    _close_groups(total, sums, scratch, weight, stats, gradients, g, k0, first, width, by_row, centred)
+    _close_groups(total, sums, scratch, weight, counts_of, gradients, g, k0, first, width, by_row, centred)
     for chunk in range(g.chunks):
         _emit_chunk(scratch, dy, x, dx, mask, weight, g, k0, first, width, chunk, by_row)
 
 
 @scalar
-def _backward_unit(unit, dy, x, dx, mask, weight, stats, gradients, geometry, centred):
+def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradients, geometry, centred):
     """Take one slab: the samples of one tile, or, where weights lie along the rows, some tiles of all samples."""
     g = geometry[0]
     tiles = -(-g.lanes // g.tile)
@@ -188,21 +190,36 @@ def _backward_unit(unit, dy, x, dx, mask, weight, stats, gradients, geometry, ce
         first = (item if by_row else unit) % tiles * g.tile
         width = min(g.tile, g.lanes - first)
         _backward_tile(
-            weight, p_dy, p_x, p_dx, p_mask, p_w, stats, gradients[slab], g, k0, first, width, by_row, centred
+            weight,
+            p_dy,
+            p_x,
+            p_dx,
+            p_mask,
+            p_w,
+            counts_of,
+            means,
+            rstds,
+            gradients[slab],
+            g,
+            k0,
+            first,
+            width,
+            by_row,
+            centred,
         )
 
 
 @Kernel
-def backward(dy, x, dx, mask, weight, stats, gradients, geometry, centred):
+def backward(dy, x, dx, mask, weight, counts_of, means, rstds, gradients, geometry, centred):
     """Write dx, and add to `gradients`, shape (slabs, 2, size), dweight and dbias of each slab."""
     g = geometry[0]
     tiles = 1 if g.inner % g.lanes == 0 else -(-g.lanes // g.tile)
     for unit in prange(gradients.shape[0] * tiles):
-        _backward_unit(np.int64(unit), dy, x, dx, mask, weight, stats, gradients, geometry, centred)
+        _backward_unit(np.int64(unit), dy, x, dx, mask, weight, counts_of, means, rstds, gradients, geometry, centred)
 
 
 @scalar
-def _sum_unit(unit, dy, x, weight, stats, table, geometry):
+def _sum_unit(unit, dy, x, weight, counts_of, means, rstds, table, geometry):
     g = geometry[0]
     tile = unit // g.chunks
     chunk = unit % g.chunks
@@ -211,7 +228,7 @@ def _sum_unit(unit, dy, x, weight, stats, table, geometry):
     scratch = np.empty(8 * TILE, weight.dtype)
     sums = np.empty(2 * TILE)
     p_dy, p_x, p_weight = pointer(dy), pointer(x), pointer(weight)
-    _spread(scratch, p_x, p_weight, stats, g, 0, first, width, False)
+    _spread(scratch, p_x, p_weight, means, rstds, g, 0, first, width, False)
     _chunk_sums(sums, scratch, p_dy, p_x, p_weight, table[0, 0], g, 0, first, width, chunk, False)
     for i in range(width):
         table[tile, chunk, 0, i] = sums[i]
@@ -219,14 +236,14 @@ def _sum_unit(unit, dy, x, weight, stats, table, geometry):
 
 
 @Kernel
-def chunk_sums(dy, x, weight, stats, table, geometry):
+def chunk_sums(dy, x, weight, counts_of, means, rstds, table, geometry):
     """Write the two sums of every lane of every chunk to `table`, shape (tiles, chunks, 2, tile); K0 is 1."""
     for unit in prange(table.shape[0] * table.shape[1]):
-        _sum_unit(np.int64(unit), dy, x, weight, stats, table, geometry)
+        _sum_unit(np.int64(unit), dy, x, weight, counts_of, means, rstds, table, geometry)
 
 
 @scalar
-def _emit_unit(unit, dy, x, dx, mask, weight, stats, table, gradients, geometry, centred):
+def _emit_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, table, gradients, geometry, centred):
     g = geometry[0]
     tiles = table.shape[0]
     tile = unit % tiles
@@ -240,15 +257,17 @@ def _emit_unit(unit, dy, x, dx, mask, weight, stats, table, gradients, geometry,
             total[i] += table[tile, chunk, 0, i]
             total[TILE + i] += table[tile, chunk, 1, i]
     p_dy, p_x, p_dx, p_mask, p_w = pointer(dy), pointer(x), pointer(dx), pointer(mask), pointer(weight)
-    _spread(scratch, p_x, p_w, stats, g, 0, first, width, False)
+    _spread(scratch, p_x, p_w, means, rstds, g, 0, first, width, False)
     # Every chunk closes the groups for itself; the first alone adds to the gradients.
     own = gradients if unit // tiles == 0 else np.zeros(gradients.shape)
-    _close_groups(total, groups, scratch, p_w, stats, own, g, 0, first, width, False, centred)
+    _close_groups(total, groups, scratch, p_w, counts_of, own, g, 0, first, width, False, centred)
     _emit_chunk(scratch, p_dy, p_x, p_dx, p_mask, p_w, g, 0, first, width, unit // tiles, False)
 
 
 @Kernel
-def emit(dy, x, dx, mask, weight, stats, table, gradients, geometry, centred):
+def emit(dy, x, dx, mask, weight, counts_of, means, rstds, table, gradients, geometry, centred):
     """Write dx and gradients, shape (2, size), from the sums of all chunks; K0 is 1."""
     for unit in prange(table.shape[0] * table.shape[1]):
-        _emit_unit(np.int64(unit), dy, x, dx, mask, weight, stats, table, gradients, geometry, centred)
+        _emit_unit(
+            np.int64(unit), dy, x, dx, mask, weight, counts_of, means, rstds, table, gradients, geometry, centred
+        )

@@ -311,3 +311,23 @@ def add(x, residual, total, geometry):
     g = geometry[0]
     for run in prange(g.K0 * g.R0 * g.K1):
         _add_unit(np.int64(run), x, residual, total, geometry)
+
+
+@scalar
+def _count_unit(group, mask, count, geometry):
+    g = geometry[0]
+    fold = max(1, g.lanes // (g.K1 * g.R1))  # the columns kernel's rows may be several of R0 side by side
+    p_mask = pointer(mask)
+    start = g.mask_start + group // g.K1 * g.mask_K0 + group % g.K1 * g.mask_K1
+    n = 0
+    for r0 in range(g.R0):
+        for r1 in range(g.R1):
+            n += counts(p_mask, start + r0 * (g.mask_R0 // fold) + r1 * g.mask_R1)
+    count[group] = n
+
+
+@Kernel
+def count(mask, count, geometry):
+    """Write how many elements of each group count."""
+    for group in prange(count.shape[0]):
+        _count_unit(np.int64(group), mask, count, geometry)

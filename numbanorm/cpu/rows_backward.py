@@ -18,11 +18,10 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from ..plan import COUNT, MEAN, RSTD
 from .dtypes import counts, lane, load, pointer, split_deviation, store
 from .jit import Kernel, elementwise, scalar
 from .lanes import all_lanes, choose, first_lanes, fused, load_lanes, load_part, no_lanes, sum_of_lanes, width_of
-from .welford import BLOCK
+from .welford import BLOCK, at
 
 FLUSH = 32
 """Rows whose products are added in float32 before they go to the float64 gradients of weight and bias."""
@@ -152,7 +151,7 @@ def _inverse(count):
 
 
 @scalar
-def _backward_unit(unit, dy, x, dx, mask, weight, stats, gradients, geometry, centred):
+def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradients, geometry, centred):
     """Take the samples of one slab at one k1: sums, then dx, while the group is in the cache."""
     g = geometry[0]
     k1 = unit % g.K1
@@ -171,8 +170,8 @@ def _backward_unit(unit, dy, x, dx, mask, weight, stats, gradients, geometry, ce
     start = slab * g.K0 // slabs
     for k0 in range(start, (slab + 1) * g.K0 // slabs):
         group = k0 * g.K1 + k1
-        mean = stats[MEAN, group]
-        rstd = stats[RSTD, group]
+        mean = at(means, group)
+        rstd = at(rstds, group)
         total[:] = 0.0
         for chunk in range(g.chunks):
             _chunk_sums(p_sums, channels, p_dy, p_x, p_weight, g, k0, k1, chunk, mean, rstd)
@@ -186,7 +185,7 @@ def _backward_unit(unit, dy, x, dx, mask, weight, stats, gradients, geometry, ce
                 sum_gh += weight[first + c] * total[channels + c]
                 gradients[slab, 0, first + c] += total[channels + c]
                 gradients[slab, 1, first + c] += total[c]
-        share = _inverse(stats[COUNT, group])
+        share = _inverse(at(counts_of, group))
         mean_g = sum_g * share if centred else 0.0
         mean_gh = sum_gh * share
         for r0 in range(g.R0):
@@ -199,31 +198,34 @@ def _backward_unit(unit, dy, x, dx, mask, weight, stats, gradients, geometry, ce
 
 
 @Kernel
-def backward(dy, x, dx, mask, weight, stats, gradients, geometry, centred):
-    """Write dx, and add to `gradients`, shape (slabs, 2, size), dweight and dbias of each slab."""
+def backward(dy, x, dx, mask, weight, counts_of, means, rstds, gradients, geometry, centred):
+    """Write dx, and add to `gradients`, shape (slabs, 2, size), dweight and dbias of each slab.
+
+    `counts_of`, `means` and `rstds` hold one element a group, or one for all.
+    """
     for unit in prange(gradients.shape[0] * geometry[0].K1):
-        _backward_unit(np.int64(unit), dy, x, dx, mask, weight, stats, gradients, geometry, centred)
+        _backward_unit(np.int64(unit), dy, x, dx, mask, weight, counts_of, means, rstds, gradients, geometry, centred)
 
 
 @scalar
-def _sum_unit(unit, dy, x, weight, stats, table, geometry):
+def _sum_unit(unit, dy, x, weight, counts_of, means, rstds, table, geometry):
     g = geometry[0]
     group = unit // g.chunks
     k0 = group // g.K1
     k1 = group % g.K1
     chunk = unit % g.chunks
     sums = np.empty(2)
-    mean, rstd = stats[MEAN, group], stats[RSTD, group]
+    mean, rstd = at(means, group), at(rstds, group)
     _chunk_sums(pointer(sums), 1, pointer(dy), pointer(x), pointer(weight), g, k0, k1, chunk, mean, rstd)
     table[group, chunk, 0] = sums[0]
     table[group, chunk, 1] = sums[1]
 
 
 @Kernel
-def chunk_sums(dy, x, weight, stats, table, geometry):
+def chunk_sums(dy, x, weight, counts_of, means, rstds, table, geometry):
     """Write the two sums of every chunk of every group to `table`, shape (groups, chunks, 2)."""
     for unit in prange(table.shape[0] * table.shape[1]):
-        _sum_unit(np.int64(unit), dy, x, weight, stats, table, geometry)
+        _sum_unit(np.int64(unit), dy, x, weight, counts_of, means, rstds, table, geometry)
 
 
 @Kernel
@@ -238,7 +240,7 @@ def merge_sums(table, sums):
 
 
 @scalar
-def _emit_piece(unit, dy, x, dx, mask, weight, stats, sums, g, centred):
+def _emit_piece(unit, dy, x, dx, mask, weight, counts_of, means, rstds, sums, g, centred):
     """Write dx of some runs, or of a part of one, from the groups' sums."""
     first = unit // g.across * g.piece_runs
     j = unit % g.across * g.chunk_width
@@ -249,16 +251,16 @@ def _emit_piece(unit, dy, x, dx, mask, weight, stats, sums, g, centred):
         k1 = run % g.K1
         r0 = run // g.K1 % g.R0
         group = k0 * g.K1 + k1
-        share = _inverse(load(stats, COUNT * groups + group))
-        mean = load(stats, MEAN * groups + group)
-        rstd = load(stats, RSTD * groups + group)
+        share = _inverse(at(counts_of, group))
+        mean = at(means, group)
+        rstd = at(rstds, group)
         mean_g = load(sums, group) * share if centred else 0.0
         mean_gh = load(sums, groups + group) * share
         _emit(dy, x, dx, mask, weight, weight, 0, g, k0, r0, k1, j, stop, mean, rstd, mean_g, mean_gh)
 
 
 @scalar
-def _emit_unit(unit, dy, x, dx, mask, weight, stats, sums, geometry, centred):
+def _emit_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, sums, geometry, centred):
     _emit_piece(
         unit,
         pointer(dy),
@@ -266,7 +268,9 @@ def _emit_unit(unit, dy, x, dx, mask, weight, stats, sums, geometry, centred):
         pointer(dx),
         pointer(mask),
         pointer(weight),
-        pointer(stats),
+        counts_of,
+        means,
+        rstds,
         pointer(sums),
         geometry[0],
         centred,
@@ -274,36 +278,46 @@ def _emit_unit(unit, dy, x, dx, mask, weight, stats, sums, geometry, centred):
 
 
 @Kernel
-def emit(dy, x, dx, mask, weight, stats, sums, geometry, centred):
+def emit(dy, x, dx, mask, weight, counts_of, means, rstds, sums, geometry, centred):
     """Write dx from the groups' sums, piece by piece in the order of memory."""
     g = geometry[0]
     for unit in prange(-(-(g.K0 * g.R0 * g.K1) // g.piece_runs) * g.across):
-        _emit_unit(np.int64(unit), dy, x, dx, mask, weight, stats, sums, geometry, centred)
+        _emit_unit(np.int64(unit), dy, x, dx, mask, weight, counts_of, means, rstds, sums, geometry, centred)
 
 
 @scalar
-def _emit_lanes_unit(unit, dy, x, dx, mask, weight, stats, sums, gradients, geometry, centred):
+def _emit_lanes_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, sums, dweight, dbias, geometry, centred):
     g = geometry[0]
     start = unit * BLOCK
     stop = min(start + BLOCK, g.R1)
     half = stop - start
     products = np.zeros(2 * half, weight.dtype)
+    gradients = np.zeros((2, half))
     p_dy, p_x, p_dx, p_mask, p_weight = pointer(dy), pointer(x), pointer(dx), pointer(mask), pointer(weight)
     p_products = pointer(products)
     for k0 in range(g.K0):
-        share = _inverse(stats[COUNT, k0])
+        share = _inverse(at(counts_of, k0))
         mean_g = sums[0, k0] * share if centred else 0.0
-        mean, rstd, mean_gh = stats[MEAN, k0], stats[RSTD, k0], sums[1, k0] * share
+        mean, rstd, mean_gh = at(means, k0), at(rstds, k0), sums[1, k0] * share
         _emit(
             p_dy, p_x, p_dx, p_mask, p_weight, p_products, half, g, k0, 0, 0, start, stop, mean, rstd, mean_g, mean_gh
         )
         if k0 % FLUSH == FLUSH - 1:
-            _flush(products, gradients[0], start)
-    _flush(products, gradients[0], start)
+            _flush(products, gradients, 0)
+    _flush(products, gradients, 0)
+    for i in range(half):
+        dweight[start + i] = gradients[0, i]
+        if dbias.shape[0] > 0:
+            dbias[start + i] = gradients[1, i]
 
 
 @Kernel
-def emit_lanes(dy, x, dx, mask, weight, stats, sums, gradients, geometry, centred):
-    """Write dx and the gradients of long rows, BLOCK weights at a time over all rows: no gradients of slabs to hold."""
+def emit_lanes(dy, x, dx, mask, weight, counts_of, means, rstds, sums, dweight, dbias, geometry, centred):
+    """Write dx and the gradients of long rows, BLOCK weights at a time over all rows: no gradients of slabs to hold.
+
+    `dbias` may be empty.
+    """
     for unit in prange(-(-geometry[0].R1 // BLOCK)):
-        _emit_lanes_unit(np.int64(unit), dy, x, dx, mask, weight, stats, sums, gradients, geometry, centred)
+        _emit_lanes_unit(
+            np.int64(unit), dy, x, dx, mask, weight, counts_of, means, rstds, sums, dweight, dbias, geometry, centred
+        )

@@ -54,6 +54,12 @@ def rstd_of(count, m2, eps):
 
 
 @scalar
+def at(array, group):
+    """Return a group's element of an array that may also hold one element for all groups."""
+    return array[min(group, array.shape[0] - 1)]
+
+
+@scalar
 def settle(count, s, q, k, centred):
     """Turn the sums of one sweep around `k` into (mean, M2, trusted).
 
