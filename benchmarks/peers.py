@@ -32,7 +32,7 @@ try:
 except ImportError:
     torch = None
 
-TURNS = 15
+TURNS = 9
 SECONDS_A_TURN = 0.02
 TOLERANCE = 2e-6  # of the result's scale, float32
 
@@ -70,7 +70,7 @@ def rows() -> list[Row]:
         b = rng.standard_normal(size, dtype=np.float32)
         tx, tw, tb = tensor(x), tensor(w), tensor(b)
         y = np.empty_like(x)
-        lead = (1,) if axis == "layer" else (-1, 1, 1)
+        lead = (-1,) if axis == "layer" else (-1, 1, 1)
         axes = {"layer": (-1,), "batch": (0, 2, 3), "instance": (2, 3)}.get(axis)
 
         def plain(x: np.ndarray = x) -> np.ndarray:
