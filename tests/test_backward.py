@@ -690,13 +690,17 @@ def test_masked_layer() -> None:
     np.testing.assert_array_equal(layer.grad["weight"], expected[1])
 
 
-def test_dtotal_keeps_the_dtype_and_needs_no_residual_of_its_own_dtype() -> None:
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
+@pytest.mark.parametrize("other", ["float16", "float32", "float64"])
+def test_dx_keeps_its_dtype_whatever_that_of_dtotal(dtype: str, other: str) -> None:
     layer = nn.LayerNorm(11)
-    x, dy = normal(3, (5, 11)), normal(4, (5, 11))
+    x, dy = (normal(seed, (5, 11)).astype(dtype_of(dtype)) for seed in (3, 4))
     layer(x, residual=x)
-    dx = layer.backward(dy, np.ones((5, 11), np.float64))
-    assert dx.dtype == np.float32
-    np.testing.assert_allclose(dx, layer.backward(dy) + 1.0, 1e-6, 1e-6)
+    plain = layer.backward(dy).astype(np.float64)
+    dx = layer.backward(dy, np.full((5, 11), 2.0, other))
+    assert dx.dtype == x.dtype
+    roundings = {"float16": 2.0**-10, "bfloat16": 2.0**-7}.get(dtype, 1e-6)
+    np.testing.assert_allclose(dx.astype(np.float64), plain + 2.0, roundings)
 
 
 # --- wrong calls ----------------------------------------------------------------------------------------------------
@@ -865,6 +869,19 @@ def test_dtotal_without_residual() -> None:
     layer(normal(3, (5, 11)))
     with pytest.raises((ValueError, TypeError), match="dtotal: expected None"):
         layer.backward(normal(4, (5, 11)), normal(5, (5, 11)))
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_dtotal_that_does_not_fit(norm: str) -> None:
+    layer = ready(norm)
+    x, dy = normal(3, (5, 11)), normal(4, (5, 11))
+    layer(x, residual=x)
+    layer.backward(dy)
+    before = layer.grad
+    for wrong in (dy[:4], dy[0], dy.astype(int), dy.astype(complex)):
+        with pytest.raises((ValueError, TypeError), match="dtotal: expected"):
+            layer.backward(2 * dy, wrong)
+        assert layer.grad is before
 
 
 def test_input_overwritten_through_the_sum() -> None:
