@@ -1,0 +1,113 @@
+"""The CUDA backend: the contract of `numbanorm.cpu`, on spans of device memory and on a stream.
+
+Nothing here waits for the device: every function queues its kernels on `stream` and returns. After one call that has
+compiled them, the same call may be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..plan import Plan
+from .memory import Span
+
+__all__ = ["Span", "Workspace", "apply", "backward", "forward", "statistics"]
+
+Workspace = Callable[[int], Span]
+"""``workspace(nbytes)`` returns a buffer of at least so many bytes, aligned to 256, that belongs to the stream until the
+next call of the backend on that stream. Called at most once a call."""
+
+
+def forward(
+    plan: Plan,
+    x: Span,
+    y: Span,
+    weight: Span | None,
+    bias: Span | None,
+    stats: Span,
+    eps: float,
+    mask: Span | None = None,
+    residual: Span | None = None,
+    total: Span | None = None,
+    *,
+    stream: int,
+    workspace: Workspace,
+) -> None:
+    """Normalize `x` into `y` and write its statistics.
+
+    Parameters
+    ----------
+    plan : Plan
+        How the arrays lie in memory.
+    x, y : Span
+        Input and output; they may be the same.
+    weight, bias : Span or None
+        Contiguous, in the lane dtype, in the order of memory of `x`.
+    stats : Span of float64, ``4 * groups`` elements
+        Takes the rows COUNT, MEAN, M2 and RSTD of `numbanorm.plan`.
+    eps : float
+        Added to the variance.
+    mask : Span of bool, optional
+        Where True, the element counts.
+    residual, total : Span, optional
+        Rows only: a span like `x`'s, and a packed one for the sum, which is normalized in place of `x`.
+    stream : int
+        Handle of the stream; 0 is the legacy default stream.
+    workspace : callable
+        See `Workspace`.
+    """
+    raise NotImplementedError
+
+
+def statistics(
+    plan: Plan, x: Span, stats: Span, mask: Span | None = None, *, stream: int, workspace: Workspace
+) -> None:
+    """Write the statistics of a span as `forward` does, with eps 0."""
+    raise NotImplementedError
+
+
+def apply(plan: Plan, x: Span, y: Span, weight: Span | None, bias: Span | None, stats: Span, *, stream: int) -> None:
+    """Normalize `x` into `y` with given statistics (the rows MEAN and RSTD are read)."""
+    raise NotImplementedError
+
+
+def backward(
+    plan: Plan,
+    dy: Span,
+    x: Span,
+    dx: Span,
+    weight: Span | None,
+    mean: Span | None,
+    rstd: Span,
+    dweight: Span,
+    dbias: Span | None,
+    mask: Span | None = None,
+    fixed: bool = False,
+    *,
+    stream: int,
+    workspace: Workspace,
+) -> None:
+    """Write dx and the gradients of weight and bias.
+
+    Parameters
+    ----------
+    plan : Plan
+        How the arrays lie in memory; ``plan.y`` places `dy`. Its layout is separable.
+    dy, x : Span
+        The output's gradient, in the dtype of `dx`, and the input.
+    dx : Span
+        Packed, for the input's gradient.
+    weight : Span or None
+        Contiguous, in the lane dtype.
+    mean, rstd : Span of float64
+        Of every group; `mean` is None where there is none (RMSNorm).
+    dweight, dbias : Span of the lane dtype, ``plan.layout.size`` elements
+        Take the gradients of weight and bias; `dbias` is None where there is no mean.
+    mask : Span of bool, optional
+        Where True, the element counted.
+    fixed : bool, optional
+        True: the statistics do not depend on `x`.
+    stream, workspace
+        As in `forward`.
+    """
+    raise NotImplementedError
