@@ -7,11 +7,14 @@ from typing import Any
 import numpy as np
 
 from . import arrays
+from .arrays import as_input
 from .backends import cpu_backend
 from .checks import check_eps, check_momentum, integer
 from .dtypes import Format, is_float
 from .layout import Layout
 from .plan import COUNT, M2, MEAN, RSTD, Options, plan
+
+__all__ = ["as_input", "run", "run_backward", "run_tracked"]
 
 
 class Call:
@@ -143,6 +146,26 @@ class Call:
         if self._total is not None and self._residual is not None:
             np.add(self._source, self._residual, out=self._total)
         return stats
+
+
+def run(
+    norm: str,
+    options: Options,
+    x: Any,
+    source: np.ndarray,
+    form: Format,
+    weight: Any,
+    bias: Any,
+    eps: float,
+    *,
+    mask: Any = None,
+    residual: Any = None,
+    out: Any = None,
+    return_stats: bool = False,
+) -> Any:
+    """Run a norm with the statistics of its input."""
+    call = Call(norm, options, x, source, form, weight, bias, mask=mask, residual=residual, out=out)
+    return call.result(call.forward(eps), return_stats)
 
 
 def public_statistic(row: np.ndarray, layout: Layout) -> np.ndarray:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import arrays
-from .calls import Call, run_backward, run_tracked
+from .backends import calls_for
 from .checks import check_eps, integer, normalized_axes
 
 
@@ -23,6 +22,7 @@ def batch_norm(
     mask: Any = None,
     out: Any = None,
     return_stats: bool = False,
+    stream: Any = None,
 ) -> Any:
     """Normalize each channel over the batch and all positions [1]_.
 
@@ -49,6 +49,9 @@ def batch_norm(
         Where to write the result; may be `x` itself.
     return_stats : bool, optional
         Also return mean and rstd.
+    stream : int or stream, optional
+        For CUDA arrays: where the kernels run, as a raw handle or a stream of torch, CuPy, numba or cuda.core. If None,
+        in the current stream of the library that `x` is of.
 
     Returns
     -------
@@ -82,7 +85,7 @@ def batch_norm(
            [ 1.,  1.]])
     """
     own = (weight, bias, training, momentum, eps, channel_axis, mask, out, return_stats)
-    return run_tracked("batch", x, running_mean, running_var, *own)
+    return calls_for(x, stream).run_tracked("batch", x, running_mean, running_var, *own)
 
 
 def instance_norm(
@@ -99,6 +102,7 @@ def instance_norm(
     mask: Any = None,
     out: Any = None,
     return_stats: bool = False,
+    stream: Any = None,
 ) -> Any:
     """Normalize each channel of each sample over its positions [1]_.
 
@@ -112,7 +116,7 @@ def instance_norm(
         gamma and beta, of any float dtype.
     use_input_stats : bool, optional
         False: normalize with the running statistics, as `batch_norm` does.
-    momentum, eps, channel_axis, mask, out, return_stats
+    momentum, eps, channel_axis, mask, out, return_stats, stream
         As for `batch_norm`.
 
     Returns
@@ -142,7 +146,7 @@ def instance_norm(
             [-1.,  1.]]])
     """
     own = (weight, bias, use_input_stats, momentum, eps, channel_axis, mask, out, return_stats)
-    return run_tracked("instance", x, running_mean, running_var, *own)
+    return calls_for(x, stream).run_tracked("instance", x, running_mean, running_var, *own)
 
 
 def group_norm(
@@ -156,6 +160,7 @@ def group_norm(
     mask: Any = None,
     out: Any = None,
     return_stats: bool = False,
+    stream: Any = None,
 ) -> Any:
     """Normalize groups of channels of each sample over their positions [1]_.
 
@@ -167,7 +172,7 @@ def group_norm(
         Groups of neighbouring channels; divides C. 1 normalizes each sample as a whole.
     weight, bias : array_like, shape (C,), optional
         gamma and beta, of any float dtype.
-    eps, channel_axis, mask, out, return_stats
+    eps, channel_axis, mask, out, return_stats, stream
         As for `batch_norm`.
 
     Returns
@@ -194,9 +199,9 @@ def group_norm(
     array([[-1.,  1., -1.,  1.]])
     """
     options = (integer(channel_axis, "channel_axis"), integer(num_groups, "num_groups"), None)
-    eps = check_eps(eps)
-    call = Call("group", options, x, *arrays.as_input(x, "x"), weight, bias, mask=mask, out=out)
-    return call.result(call.forward(eps), return_stats)
+    calls = calls_for(x, stream)
+    own = {"mask": mask, "out": out, "return_stats": return_stats}
+    return calls.run("group", options, x, *calls.as_input(x, "x"), weight, bias, check_eps(eps), **own)
 
 
 def layer_norm(
@@ -211,6 +216,7 @@ def layer_norm(
     residual: Any = None,
     out: Any = None,
     return_stats: bool = False,
+    stream: Any = None,
 ) -> Any:
     """Normalize each sample over its last axes, or over any set of axes [1]_.
 
@@ -234,6 +240,8 @@ def layer_norm(
         Where to write the result; may be `x` itself.
     return_stats : bool, optional
         Also return mean and rstd.
+    stream : int or stream, optional
+        As for `batch_norm`.
 
     Returns
     -------
@@ -265,11 +273,11 @@ def layer_norm(
     array([[-1., -1.],
            [ 1.,  1.]])
     """
-    source, form = arrays.as_input(x, "x")
+    calls = calls_for(x, stream)
+    source, form = calls.as_input(x, "x")
     options = (1, None, normalized_axes(source.shape, normalized_shape, axis))
-    eps = check_eps(eps)
-    call = Call("layer", options, x, source, form, weight, bias, mask=mask, residual=residual, out=out)
-    return call.result(call.forward(eps), return_stats)
+    own = {"mask": mask, "residual": residual, "out": out, "return_stats": return_stats}
+    return calls.run("layer", options, x, source, form, weight, bias, check_eps(eps), **own)
 
 
 def rms_norm(
@@ -282,6 +290,7 @@ def rms_norm(
     residual: Any = None,
     out: Any = None,
     return_stats: bool = False,
+    stream: Any = None,
 ) -> Any:
     """Divide each sample by its root mean square over its last axes, or over any set of axes [1]_.
 
@@ -295,7 +304,7 @@ def rms_norm(
         gamma, of any float dtype.
     eps : float, optional
         Added to the mean square; if None, the machine epsilon of the result's dtype.
-    axis, residual, out, return_stats
+    axis, residual, out, return_stats, stream
         As for `layer_norm`.
 
     Returns
@@ -323,11 +332,12 @@ def rms_norm(
     >>> nn.rms_norm(np.array([[3.0, 4.0]]), 2, eps=0.0) * np.sqrt(12.5)
     array([[3., 4.]])
     """
-    source, form = arrays.as_input(x, "x")
+    calls = calls_for(x, stream)
+    source, form = calls.as_input(x, "x")
     options = (1, None, normalized_axes(source.shape, normalized_shape, axis))
     eps = form.epsilon if eps is None else check_eps(eps)
-    call = Call("rms", options, x, source, form, weight, None, residual=residual, out=out)
-    return call.result(call.forward(eps), return_stats)
+    own = {"residual": residual, "out": out, "return_stats": return_stats}
+    return calls.run("rms", options, x, source, form, weight, None, eps, **own)
 
 
 def batch_norm_backward(
@@ -340,6 +350,7 @@ def batch_norm_backward(
     training: bool = True,
     channel_axis: int = 1,
     mask: Any = None,
+    stream: Any = None,
 ) -> Any:
     """Return the gradients of `batch_norm`.
 
@@ -359,6 +370,8 @@ def batch_norm_backward(
         Axis of the channels.
     mask : array_like of bool, broadcastable to `x`, optional
         The mask of the forward call.
+    stream : int or stream, optional
+        As for `batch_norm`.
 
     Returns
     -------
@@ -388,17 +401,27 @@ def batch_norm_backward(
     (array([ 0.1763, -0.2204,  0.0441]), array([1.]))
     """
     options = (integer(channel_axis, "channel_axis"), None, None)
-    return run_backward("batch", options, dy, x, *arrays.as_input(x, "x"), mean, rstd, weight, mask, fixed=not training)
+    calls = calls_for(x, stream)
+    own = (mean, rstd, weight, mask)
+    return calls.run_backward("batch", options, dy, x, *calls.as_input(x, "x"), *own, fixed=not training)
 
 
 def instance_norm_backward(
-    dy: Any, x: Any, mean: Any, rstd: Any, weight: Any = None, *, channel_axis: int = 1, mask: Any = None
+    dy: Any,
+    x: Any,
+    mean: Any,
+    rstd: Any,
+    weight: Any = None,
+    *,
+    channel_axis: int = 1,
+    mask: Any = None,
+    stream: Any = None,
 ) -> Any:
     """Return the gradients of `instance_norm` with the input's statistics.
 
     Parameters
     ----------
-    dy, x, weight, channel_axis, mask
+    dy, x, weight, channel_axis, mask, stream
         As for `batch_norm_backward`.
     mean, rstd : array_like, shape (N, C)
         What the forward call returned with `return_stats`.
@@ -424,7 +447,8 @@ def instance_norm_backward(
     array([ 0.1763, -0.2204,  0.0441])
     """
     options = (integer(channel_axis, "channel_axis"), None, None)
-    return run_backward("instance", options, dy, x, *arrays.as_input(x, "x"), mean, rstd, weight, mask)
+    calls = calls_for(x, stream)
+    return calls.run_backward("instance", options, dy, x, *calls.as_input(x, "x"), mean, rstd, weight, mask)
 
 
 def group_norm_backward(
@@ -437,12 +461,13 @@ def group_norm_backward(
     *,
     channel_axis: int = 1,
     mask: Any = None,
+    stream: Any = None,
 ) -> Any:
     """Return the gradients of `group_norm`.
 
     Parameters
     ----------
-    dy, x, weight, channel_axis, mask
+    dy, x, weight, channel_axis, mask, stream
         As for `batch_norm_backward`.
     num_groups : int
         Groups of the forward call.
@@ -470,7 +495,8 @@ def group_norm_backward(
     array([[ 0.1763, -0.2204,  0.0441]])
     """
     options = (integer(channel_axis, "channel_axis"), integer(num_groups, "num_groups"), None)
-    return run_backward("group", options, dy, x, *arrays.as_input(x, "x"), mean, rstd, weight, mask)
+    calls = calls_for(x, stream)
+    return calls.run_backward("group", options, dy, x, *calls.as_input(x, "x"), mean, rstd, weight, mask)
 
 
 def layer_norm_backward(
@@ -483,12 +509,13 @@ def layer_norm_backward(
     *,
     axis: Any = None,
     mask: Any = None,
+    stream: Any = None,
 ) -> Any:
     """Return the gradients of `layer_norm`.
 
     Parameters
     ----------
-    dy, mask
+    dy, mask, stream
         As for `batch_norm_backward`.
     x : array_like
         The array that was normalized: with `residual`, the sum that the forward call returned; its gradient is that
@@ -522,19 +549,20 @@ def layer_norm_backward(
     >>> np.round(dx, 4)
     array([[ 0.1763, -0.2204,  0.0441]])
     """
-    source, form = arrays.as_input(x, "x")
+    calls = calls_for(x, stream)
+    source, form = calls.as_input(x, "x")
     options = (1, None, normalized_axes(source.shape, normalized_shape, axis))
-    return run_backward("layer", options, dy, x, source, form, mean, rstd, weight, mask)
+    return calls.run_backward("layer", options, dy, x, source, form, mean, rstd, weight, mask)
 
 
 def rms_norm_backward(
-    dy: Any, x: Any, normalized_shape: Any, rstd: Any, weight: Any = None, *, axis: Any = None
+    dy: Any, x: Any, normalized_shape: Any, rstd: Any, weight: Any = None, *, axis: Any = None, stream: Any = None
 ) -> Any:
     """Return the gradients of `rms_norm`.
 
     Parameters
     ----------
-    dy, x, normalized_shape, weight, axis
+    dy, x, normalized_shape, weight, axis, stream
         As for `layer_norm_backward`.
     rstd : array_like
         What the forward call returned with `return_stats`.
@@ -561,6 +589,7 @@ def rms_norm_backward(
     >>> np.round(dx, 4)
     array([[ 0.181 , -0.1358]])
     """
-    source, form = arrays.as_input(x, "x")
+    calls = calls_for(x, stream)
+    source, form = calls.as_input(x, "x")
     options = (1, None, normalized_axes(source.shape, normalized_shape, axis))
-    return run_backward("rms", options, dy, x, source, form, None, rstd, weight, None)
+    return calls.run_backward("rms", options, dy, x, source, form, None, rstd, weight, None)
