@@ -1,0 +1,61 @@
+"""Small calls: what one token or one small image costs, mostly in Python and in NumPy's allocation."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+from . import common
+
+
+class Hot(common.Timed):
+    """One call after another."""
+
+    param_names = ("case",)
+    params = (
+        "LayerNorm 1x768 float32",
+        "LayerNorm 1x768 bfloat16",
+        "LayerNorm 1x768 float64",
+        "LayerNorm 128x768 float32",
+        "RMSNorm 1x768 float32",
+        "BatchNorm NCHW 4x32x28x28 float32",
+        "BatchNorm NHWC 4x28x28x32 float32",
+        "BatchNormEval NCHW 1x64x8x8 float32",
+        "InstanceNorm NCHW 4x32x28x28 float32",
+        "InstanceNorm NHWC 4x28x28x32 float32",
+        "GroupNorm NCHW 4x32x28x28 float32",
+        "GroupNorm NHWC 4x28x28x32 float32",
+    )
+
+    def prepare(self, name: str) -> None:
+        case = common.Case(name)
+        self.call = case.call()
+        case.check(self.call())
+
+    def time_forward(self, name: str) -> None:
+        """Seconds of a forward call with a fresh output, hot."""
+        self.run()
+
+
+class Idle(common.Prepared):
+    """One call now and then, as a server sees them."""
+
+    param_names = ("case",)
+    params = ("LayerNorm 1x768 float32", "BatchNormEval NCHW 1x64x8x8 float32", "GroupNorm NHWC 4x28x28x32 float32")
+
+    def prepare(self, name: str) -> None:
+        case = common.Case(name)
+        self.call = case.call()
+        case.check(self.call())
+
+    def track_forward_after_10_ms(self, name: str) -> float:
+        """Median seconds of a forward call after 10 ms of sleep."""
+        times = []
+        for _ in range(25):
+            time.sleep(0.01)
+            start = time.perf_counter()
+            self.call()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    track_forward_after_10_ms.unit = "seconds"
