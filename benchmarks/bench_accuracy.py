@@ -26,19 +26,17 @@ class Error(common.Prepared):
     def prepare(self, name: str, data: str) -> None:
         self.case = common.Case(name, data)
 
+    @common.tracked("of the scale")
     def track_forward(self, name: str, data: str) -> float:
         """Error of the output."""
         y = self.case.call()()
         assert np.isfinite(y).all()
         return common.error(y, self.case.exact((slice(None),)))
 
-    track_forward.unit = "of the scale"
-
+    @common.tracked("of the scale")
     def track_backward(self, name: str, data: str) -> float:
         """Error of the input's gradient."""
         dy = np.random.default_rng(1).standard_normal(self.case.x.shape, dtype=np.float32)
         dx, *_ = self.case.backward_call(dy)()
         assert np.isfinite(dx).all()
         return common.error(dx, self.case.exact_backward(dy)[0])
-
-    track_backward.unit = "of the scale"

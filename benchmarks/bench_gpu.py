@@ -32,9 +32,7 @@ class Events(common.Prepared):
 
     param_names = ("case",)
     params = (
-        "LayerNorm 4096x1024 float32",
         "LayerNorm 4096x8192 float32",
-        "LayerNorm 4096x8192 float16",
         "RMSNorm 4096x8192 float32",
         "BatchNorm NCHW 32x64x56x56 float32",
         "GroupNorm NHWC 32x56x56x64 float32",
@@ -68,14 +66,12 @@ class Events(common.Prepared):
             times.append(self.cuda.event_elapsed_time(begin, end) / 1e3)
         return statistics.median(times)
 
+    @common.tracked("seconds")
     def track_forward(self, name: str) -> float:
         """Median seconds between two events around a forward call."""
         return self.seconds()
 
-    track_forward.unit = "seconds"
-
+    @common.tracked("GB/s", less_is_better=False)
     def track_gigabytes_per_second(self, name: str) -> float:
         """Bytes read once and written once, by those seconds. More is better; for display."""
         return self.nbytes / self.seconds() / 1e9
-
-    track_gigabytes_per_second.unit = "GB/s"

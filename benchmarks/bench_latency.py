@@ -48,6 +48,7 @@ class Idle(common.Prepared):
         self.call = case.call()
         case.check(self.call())
 
+    @common.tracked("seconds")
     def track_forward_after_10_ms(self, name: str) -> float:
         """Median seconds of a forward call after 10 ms of sleep."""
         times = []
@@ -57,5 +58,3 @@ class Idle(common.Prepared):
             self.call()
             times.append(time.perf_counter() - start)
         return statistics.median(times)
-
-    track_forward_after_10_ms.unit = "seconds"

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from . import common, memory
 
-
 STEP = 1 << 18
 """Bytes to which a peak is rounded up: pages that Python itself touches come and go by tens of KB."""
 
@@ -35,10 +34,9 @@ class Extra:
         if direction == "backward":
             common.need("layer_norm_backward")
 
+    @common.tracked("bytes")
     def track_peak(self, name: str, direction: str) -> int:
         """Bytes beside inputs and outputs at the peak of one call, in steps of 256 KiB."""
         found: dict[str, int] = memory.measure(memory.CASES[name], direction, threads=1)
         assert found["returned"] >= found["input"], "the call returned less than an output"
         return max(1, -(-found["extra"] // STEP)) * STEP
-
-    track_peak.unit = "bytes"

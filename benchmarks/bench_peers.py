@@ -52,8 +52,7 @@ class Peers(common.Prepared):
         for call in (self.ours, self.theirs):
             assert common.error(np.asarray(call()), exact) <= common.TOLERANCE["float32"]
 
+    @common.tracked("x")
     def track_over_peer(self, cell: str, peer: str) -> float:
         """Our time over the peer's: less than 1 is faster."""
         return common.median_ratio(self.ours, self.theirs)
-
-    track_over_peer.unit = "x"

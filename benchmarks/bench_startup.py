@@ -8,6 +8,8 @@ import subprocess
 import sys
 import tempfile
 
+from . import common
+
 _IMPORT = """
 import time
 start = time.perf_counter()
@@ -42,18 +44,16 @@ class Import:
 
     version = "1"
 
+    @common.tracked("seconds")
     def track_import(self) -> float:
         """Median seconds of `import numbanorm` in a fresh Python."""
         return statistics.median(seconds(_IMPORT.format(module="numbanorm")) for _ in range(5))
 
-    track_import.unit = "seconds"
-
+    @common.tracked("x")
     def track_import_over_import_numba(self) -> float:
         """Time of `import numbanorm` over that of `import numba`, in turns."""
         pairs = [[seconds(_IMPORT.format(module=name)) for name in ("numbanorm", "numba")] for _ in range(5)]
         return statistics.median(ours / theirs for ours, theirs in pairs)
-
-    track_import_over_import_numba.unit = "x"
 
 
 class FirstCall:
@@ -61,17 +61,15 @@ class FirstCall:
 
     version = "1"
 
+    @common.tracked("seconds")
     def track_cold(self) -> float:
         """Seconds of the first call where no kernel is in the cache."""
         with tempfile.TemporaryDirectory() as cache:
             return seconds(_FIRST_CALL, cache)
 
-    track_cold.unit = "seconds"
-
+    @common.tracked("seconds")
     def track_warm(self) -> float:
         """Median seconds of the first call where the kernel comes from the cache."""
         with tempfile.TemporaryDirectory() as cache:
             seconds(_FIRST_CALL, cache)
             return statistics.median(seconds(_FIRST_CALL, cache) for _ in range(3))
-
-    track_warm.unit = "seconds"

@@ -21,7 +21,7 @@ class Threads(common.Prepared):
             "BatchNorm NCHW 32x64x56x56 float32",
             "BatchNorm NHWC 32x56x56x64 float32",
         ),
-        ("2", "4", "8"),
+        ("2", "4"),
     )
 
     def prepare(self, name: str, threads: str) -> None:
@@ -43,14 +43,12 @@ class Threads(common.Prepared):
         nn.set_num_threads(1)
         self.call()
 
+    @common.tracked("x")
     def track_over_one_thread(self, name: str, threads: str) -> float:
         """Time on so many threads over the time on one, in turns: 0.5 is perfect for two."""
         return common.median_ratio(self.on_many, self.on_one)
 
-    track_over_one_thread.unit = "x"
-
+    @common.tracked("x")
     def track_over_copyto(self, name: str, threads: str) -> float:
         """Time on so many threads over that of np.copyto on as many, in turns."""
         return common.median_ratio(self.on_many, self.copy)
-
-    track_over_copyto.unit = "x"

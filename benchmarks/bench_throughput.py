@@ -54,11 +54,10 @@ class Copies(common.Prepared):
         case.check(y)
         self.copy = common.copies(np.empty_like(case.x), case.x)
 
+    @common.tracked("x")
     def track_forward_over_copyto(self, name: str) -> float:
         """Time with out=, over that of np.copyto on the same array; both on one thread, in turns."""
         return common.median_ratio(self.call, self.copy)
-
-    track_forward_over_copyto.unit = "x"
 
 
 class Bandwidth(common.Prepared):
@@ -81,8 +80,7 @@ class Bandwidth(common.Prepared):
         case.check(y)
         self.nbytes = case.x.nbytes + y.nbytes
 
+    @common.tracked("GB/s", less_is_better=False)
     def track_gigabytes_per_second(self, name: str) -> float:
         """Bytes read once and written once, by seconds with out=. More is better."""
         return self.nbytes / common.median_seconds(self.call) / 1e9
-
-    track_gigabytes_per_second.unit = "GB/s"

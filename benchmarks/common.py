@@ -192,6 +192,16 @@ def error(ours: np.ndarray, exact: np.ndarray) -> float:
     return float(np.abs(ours.astype(np.float64) - exact).max() / np.abs(exact).max())
 
 
+def tracked(unit: str, *, less_is_better: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return a decorator that gives a track function its unit, and tells the dashboard which way is better."""
+
+    def mark(function: Any) -> Callable[..., Any]:
+        function.unit, function.less_is_better = unit, less_is_better
+        return function
+
+    return mark
+
+
 class Prepared:
     """A benchmark whose `setup` works once in a process; subclasses fill in `prepare`."""
 

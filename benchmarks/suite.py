@@ -1,0 +1,177 @@
+"""One command for each thing that is done with the asv suite; each prints the asv command that it runs.
+
+python benchmarks/suite.py check                  look at the suite without running it
+python benchmarks/suite.py quick                  run all of it once, in this Python; nothing is kept
+python benchmarks/suite.py run COMMIT             measure a commit, and keep the figures
+python benchmarks/suite.py history FILE           measure the commits that a file names
+python benchmarks/suite.py compare BASE [COMMIT]  exit with 1 if COMMIT is slower than BASE
+python benchmarks/suite.py publish                write the dashboard
+python benchmarks/suite.py serve                  serve it to a browser on this machine
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+CONF = ROOT / "asv.conf.json"
+HTML = ROOT / ".asv" / "html"
+HISTORY = "bench_(latency|throughput|backward|accuracy|stats)"
+"""What `history` measures: all that one core decides, in two minutes a commit."""
+
+COMPARED = r"\.time_"
+"""What `compare` compares: only of these asv keeps every sample, and so can tell noise from a change."""
+
+FACTOR = 1.25
+"""By how much slower fails a comparison. Medians of an unchanged commit were seen to differ by 1.1."""
+
+ROUNDS = 4
+"""Rounds of a comparison, each with processes of its own, in turns between the two commits."""
+
+MAY_BE_MISSING = ("bench_gpu.", "bench_threads.", "bench_peers.")
+"""Benchmarks that may be n/a throughout: they need a GPU, more cores or other libraries."""
+
+
+def asv(*arguments: str, conf: Path = CONF) -> int:
+    """Run asv, and return its exit status."""
+    print("$ asv", shlex.join(arguments), flush=True)
+    command = [sys.executable, "-m", "asv", "--config", str(conf), *arguments]
+    return subprocess.run(command, cwd=ROOT, check=False).returncode
+
+
+def this_python() -> str:
+    """Return the environment that is there already, as asv names it."""
+    return f"existing:{sys.executable}"
+
+
+def registered(machine: str | None) -> list[str]:
+    """Return asv's option for the machine, after asv has noted what this one is, if nobody has told it yet."""
+    if not Path("~/.asv-machine.json").expanduser().exists():
+        asv("machine", "--yes", *([] if machine is None else ["--machine", machine]))
+    return [] if machine is None else ["--machine", machine]
+
+
+def beside(folder: Path, **changed: str) -> Path:
+    """Write a configuration like asv.conf.json that keeps its results in `folder`; return its path."""
+    from asv.util import load_json  # it knows comments; not at the top, as asv imports this file where it is not
+
+    conf = load_json(str(CONF), js_comments=True)
+    conf |= {name: str(ROOT / conf[name]) for name in ("repo", "benchmark_dir", "env_dir", "html_dir")}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "asv.conf.json"
+    path.write_text(json.dumps(conf | {"results_dir": str(folder / "results")} | changed))
+    return path
+
+
+def check(options: argparse.Namespace) -> int:
+    return asv("check", "-E", this_python())
+
+
+def quick(options: argparse.Namespace) -> int:
+    """Run every benchmark once, and say how many ran; fail if one failed, or gave nothing that it need not."""
+    with tempfile.TemporaryDirectory() as folder:
+        conf = beside(Path(folder))
+        arguments = ["--quick", "--show-stderr", "--bench", options.bench, *registered(options.machine)]
+        status = asv("run", *arguments, "-E", this_python(), "--set-commit-hash", "HEAD", conf=conf)
+        files = [path for path in Path(folder).glob("results/*/*.json") if path.name != "machine.json"]
+        results = {name: values for path in files for name, values in read(path).items()}
+        known = json.loads((Path(folder) / "results" / "benchmarks.json").read_text())
+    known = [name for name in known if name != "version"]
+    failed = sorted({name for name, values in results.items() if None in values} | {*known} - {*results})
+    empty = [name for name, values in results.items() if all(is_missing(value) for value in values)]
+    wrong = [name for name in empty if not name.startswith(MAY_BE_MISSING)]
+    cells = sum(not is_missing(value) for values in results.values() for value in values)
+    print(f"{len(results) - len(failed) - len(empty)} benchmarks of {len(known)} ran, with {cells} values")
+    print(f"n/a here: {', '.join(empty) or 'none'}")
+    if failed or wrong:
+        print(f"failed: {', '.join(failed) or 'none'}; n/a but should not be: {', '.join(wrong) or 'none'}")
+    return status or int(bool(failed or wrong or not results))
+
+
+def read(path: Path) -> dict[str, list[Any]]:
+    """Return a result file's values by benchmark: None where it failed, NaN where it is n/a."""
+    stored = json.loads(path.read_text())
+    column = stored["result_columns"].index("result")
+    return {name: row[column] or [None] for name, row in stored["results"].items()}
+
+
+def is_missing(value: Any) -> bool:
+    return value is None or value != value
+
+
+def run(options: argparse.Namespace) -> int:
+    wanted = ["--bench", options.bench, *registered(options.machine)]
+    return asv("run", f"{options.commit}^!", "--show-stderr", *wanted)
+
+
+def history(options: argparse.Namespace) -> int:
+    wanted = ["--bench", options.bench, *registered(options.machine)]
+    return asv("run", f"HASHFILE:{options.file.resolve()}", "--skip-existing-successful", *wanted)
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Compare in `.asv`, away from the history: its figures come from another way of measuring."""
+    conf = beside(ROOT / ".asv" / "compare")
+    arguments = ["--factor", str(options.factor), "--interleave-rounds", "-a", f"rounds={options.rounds}"]
+    arguments += ["--bench", options.bench, *registered(options.machine), "--show-stderr"]
+    return asv("continuous", *arguments, options.base, options.commit, conf=conf)
+
+
+def publish(options: argparse.Namespace) -> int:
+    """Let asv write its data, and asv-tachyon the pages, with all that they load beside them."""
+    status = asv("publish", "--html-dir", str(options.html))
+    install = [sys.executable, "-m", "asv_tachyon", "install", "--no-backup", str(options.html)]
+    return status or subprocess.run(install, cwd=ROOT, check=False).returncode
+
+
+def serve(options: argparse.Namespace) -> int:
+    if not (options.html / "index.json").exists():
+        print(f"no dashboard in {options.html}: run `python benchmarks/suite.py publish` first", file=sys.stderr)
+        return 2
+    command = [sys.executable, "-m", "asv_tachyon", "serve", str(options.html)]
+    return subprocess.run([*command, "--host", "127.0.0.1", "--port", str(options.port)], check=False).returncode
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(function: Any, bench: str | None = None) -> argparse.ArgumentParser:
+        sub = commands.add_parser(function.__name__)
+        sub.set_defaults(function=function)
+        if bench is not None:
+            sub.add_argument("--bench", default=bench, help="only benchmarks whose names match; default: %(default)s")
+            sub.add_argument("--machine", help="the machine's name among those that asv has been told of")
+        return sub
+
+    command(check)
+    command(quick, ".")
+    command(run, ".").add_argument("commit")
+    command(history, HISTORY).add_argument("file", type=Path, help="full commit hashes, one a line")
+    comparison = command(compare, COMPARED)
+    comparison.add_argument("base")
+    comparison.add_argument("commit", nargs="?", default="HEAD")
+    comparison.add_argument("--factor", type=float, default=FACTOR)
+    comparison.add_argument("--rounds", type=int, default=ROUNDS)
+    pages = [command(publish), command(serve)]
+    for page in pages:
+        page.add_argument("--html", type=Path, default=HTML)
+    pages[-1].add_argument("--port", type=int, default=8080)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    status: int = options.function(options)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
