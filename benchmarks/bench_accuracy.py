@@ -6,37 +6,48 @@ import numpy as np
 
 from . import common
 
+CASES = (
+    "LayerNorm 64x4096 float32",
+    "RMSNorm 64x4096 float32",
+    "BatchNorm NCHW 8x32x32x32 float32",
+    "BatchNorm NHWC 8x32x32x32 float32",
+    "InstanceNorm NCHW 8x32x32x32 float32",
+    "GroupNorm NHWC 8x32x32x32 float32",
+)
+DATA = ("unit", "offset 1e6", "std 1e-3")
 
-class Error(common.Prepared):
+
+class Forward(common.Prepared):
     """Every norm, in one of its orders of memory; the input counts as exact, so only the arithmetic is judged."""
 
     param_names = ("case", "data")
-    params = (
-        (
-            "LayerNorm 64x4096 float32",
-            "RMSNorm 64x4096 float32",
-            "BatchNorm NCHW 8x32x32x32 float32",
-            "BatchNorm NHWC 8x32x32x32 float32",
-            "InstanceNorm NCHW 8x32x32x32 float32",
-            "GroupNorm NHWC 8x32x32x32 float32",
-        ),
-        ("unit", "offset 1e6", "std 1e-3"),
-    )
+    params = (CASES, DATA)
 
     def prepare(self, name: str, data: str) -> None:
-        self.case = common.Case(name, data)
+        case = common.Case(name, data)
+        self.y, self.exact = case.call()(), case.exact((slice(None),))
+        assert np.isfinite(self.y).all()
 
     @common.tracked("of the scale")
-    def track_forward(self, name: str, data: str) -> float:
+    def track_error(self, name: str, data: str) -> float:
         """Error of the output."""
-        y = self.case.call()()
-        assert np.isfinite(y).all()
-        return common.error(y, self.case.exact((slice(None),)))
+        return common.error(self.y, self.exact)
+
+
+class Backward(common.Prepared):
+    """The same for gradients."""
+
+    param_names = ("case", "data")
+    params = (CASES, DATA)
+
+    def prepare(self, name: str, data: str) -> None:
+        case = common.Case(name, data)
+        dy = np.random.default_rng(1).standard_normal(case.x.shape, dtype=np.float32)
+        self.dx, *_ = case.backward_call(dy)()
+        self.exact, *_ = case.exact_backward(dy)
+        assert np.isfinite(self.dx).all()
 
     @common.tracked("of the scale")
-    def track_backward(self, name: str, data: str) -> float:
+    def track_error(self, name: str, data: str) -> float:
         """Error of the input's gradient."""
-        dy = np.random.default_rng(1).standard_normal(self.case.x.shape, dtype=np.float32)
-        dx, *_ = self.case.backward_call(dy)()
-        assert np.isfinite(dx).all()
-        return common.error(dx, self.case.exact_backward(dy)[0])
+        return common.error(self.dx, self.exact)
