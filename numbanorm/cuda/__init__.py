@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..plan import Plan
-from .memory import Span
+from . import columns, columns_backward, rows, rows_backward
+from .launch import Call
+from .memory import WORD, Span
 
 __all__ = ["Span", "Workspace", "apply", "backward", "forward", "statistics"]
 
@@ -56,19 +58,25 @@ def forward(
     workspace : callable
         See `Workspace`.
     """
-    raise NotImplementedError
+    call = _call(x, y, weight, bias, mask, residual, total)
+    part = columns if plan.columns else rows
+    part.forward(plan, call, _addresses(x, residual, total, y, mask, weight, bias, stats), eps, stream, workspace)
 
 
 def statistics(
     plan: Plan, x: Span, stats: Span, mask: Span | None = None, *, stream: int, workspace: Workspace
 ) -> None:
     """Write the statistics of a span as `forward` does, with eps 0."""
-    raise NotImplementedError
+    call = _call(x, x, None, None, mask)
+    part = columns if plan.columns else rows
+    part.statistics(plan, call, _addresses(x, None, None, None, mask, None, None, stats), stream, workspace)
 
 
 def apply(plan: Plan, x: Span, y: Span, weight: Span | None, bias: Span | None, stats: Span, *, stream: int) -> None:
     """Normalize `x` into `y` with given statistics (the rows MEAN and RSTD are read)."""
-    raise NotImplementedError
+    call = _call(x, y, weight, bias, None)
+    part = columns if plan.columns else rows
+    part.apply(plan, call, _addresses(x, None, None, y, None, weight, bias, stats), stream)
 
 
 def backward(
@@ -110,4 +118,33 @@ def backward(
     stream, workspace
         As in `forward`.
     """
-    raise NotImplementedError
+    call = _call(x, dx, weight, None, mask, dy)._replace(fixed=fixed)
+    part = columns_backward if plan.columns else rows_backward
+    part.backward(
+        plan, call, _addresses(dy, x, dx, mask, weight, mean, rstd, dweight, dbias), stream, workspace
+    )
+
+
+def _addresses(*spans: Span | None) -> tuple[int, ...]:
+    return tuple([0 if span is None else span.address for span in spans])
+
+
+def _call(
+    x: Span,
+    y: Span,
+    weight: Span | None,
+    bias: Span | None,
+    mask: Span | None,
+    residual: Span | None = None,
+    total: Span | None = None,
+) -> Call:
+    low = tuple([0 if s is None else s.address % WORD for s in (x, y, mask, weight, bias, residual, total)])
+    return Call(
+        source=x.dtype.name,
+        result=y.dtype.name,
+        weight=weight is not None,
+        bias=bias is not None,
+        mask=mask is not None,
+        added=total is not None,
+        low=low if any(low) else (),
+    )

@@ -1,0 +1,175 @@
+"""Copies between any two strided arrays, with a change of dtype or a sum on the way; constants written to memory.
+
+This is the slow path: what the kernels cannot read or write in place costs one launch of these more, an element a
+thread.
+"""
+
+from __future__ import annotations
+
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..dtypes import WIDE
+from .arrays import DeviceArray, Strides
+from .lanes import I64, narrowed, tile
+from .launch import item_size
+from .memory import Span, loader, storer
+from .toolchain import Kernel, cuda, intrinsic, ir, types
+
+THREADS = 256
+AXES = 4
+"""Axes, after neighbours have been joined, that one launch walks; more are walked by the host."""
+
+Array = tuple[Strides, np.dtype[Any]]
+
+
+class Copy(NamedTuple):
+    """A copy from ``source``, to which ``added`` is added where there is one, to ``target``.
+
+    Attributes
+    ----------
+    names : tuple of str
+        The dtypes of target, source and added; "" where nothing is added.
+    lengths : tuple of int
+        Of the axes.
+    strides : tuple of tuple of int
+        Of target, source and added along them, in elements.
+    sizes : tuple of int
+        Bytes of an element of each.
+    """
+
+    names: tuple[str, str, str]
+    lengths: tuple[int, ...]
+    strides: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    sizes: tuple[int, int, int]
+
+    def run(self, target: int, source: int, added: int, stream: int) -> None:
+        """Queue it, between these addresses of first elements."""
+        extra = len(self.lengths) - AXES
+        if extra > 0:
+            rest = Copy(self.names, self.lengths[1:], tuple(s[1:] for s in self.strides), self.sizes)  # type: ignore[arg-type]
+            steps = [s[0] * size for s, size in zip(self.strides, self.sizes, strict=True)]
+            for i in range(self.lengths[0]):
+                rest.run(target + i * steps[0], source + i * steps[1], added + i * steps[2], stream)
+            return
+        count = int(np.prod(self.lengths, dtype=np.int64))
+        if count == 0:
+            return
+        missing = (0,) * -extra
+        numbers = [n for strides in self.strides for n in missing + strides]
+        kernel = _kernel(*self.names)
+        lengths = (1,) * -extra + self.lengths
+        kernel(-(-count // THREADS), stream, target, source, added, count, *lengths[1:], *numbers)
+
+
+@lru_cache(maxsize=4096)
+def copying(shape: tuple[int, ...], target: Array, source: Array, added: Array | None = None) -> Copy:
+    """Plan a copy between arrays of one shape, each given by its strides in bytes and its dtype."""
+    arrays = (target, source, added or ((0,) * len(shape), source[1]))
+    sizes = tuple(dtype.itemsize for _, dtype in arrays)
+    # Negative strides and all: an axis that continues the one before it is joined to it.
+    axes: list[tuple[int, list[int]]] = []
+    for axis, length in enumerate(shape):
+        steps = [strides[axis] // size for (strides, _), size in zip(arrays, sizes, strict=True)]
+        if length == 1:
+            continue
+        if axes and all(before == step * length for before, step in zip(axes[-1][1], steps, strict=True)):
+            axes[-1] = axes[-1][0] * length, steps
+        else:
+            axes.append((length, steps))
+    lengths = tuple(length for length, _ in axes)
+    strides = tuple(tuple(steps[i] for _, steps in axes) for i in range(3))
+    names = target[1].name, source[1].name, "" if added is None else added[1].name
+    return Copy(names, lengths, strides, sizes)  # type: ignore[arg-type]
+
+
+def copy(target: DeviceArray, source: DeviceArray, stream: int, added: DeviceArray | None = None) -> None:
+    """Queue a copy between arrays of one shape."""
+    planned = copying(
+        target.shape,
+        (target.strides, target.dtype),
+        (source.strides, source.dtype),
+        None if added is None else (added.strides, added.dtype),
+    )
+    planned.run(target.address, source.address, 0 if added is None else added.address, stream)
+
+
+def fill(target: Span, value: float, stream: int) -> None:
+    """Queue the writing of one value to all elements."""
+    if target.size:
+        _filler(target.dtype.name)(-(-target.size // THREADS), stream, target.address, target.size, float(value))
+
+
+@cache
+def mover(size: int) -> Any:
+    """Return ``move(target, at, source, index)``, which copies one element of so many bytes as it is."""
+
+    @intrinsic
+    def move(typing_context, target, at, source, index):  # type: ignore[no-untyped-def]
+        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            pointers = []
+            for address, offset in (arguments[:2], arguments[2:]):
+                where = builder.add(address, builder.mul(offset, ir.Constant(I64, size)))
+                pointers.append(builder.inttoptr(where, ir.IntType(8 * size).as_pointer(1)))
+            builder.store(builder.load(pointers[1], align=size), pointers[0], align=size)
+            return context.get_dummy_value()
+
+        return types.none(types.int64, types.int64, types.int64, types.int64), generate
+
+    return move
+
+
+@cache
+def _kernel(target: str, source: str, added: str) -> Kernel:
+    lane = types.float64 if {target, source} & WIDE else types.float32
+    raw, plus = target == source and not added, bool(added)
+    move = mover(item_size(target))
+    # An integer or a truth value is only moved, or read: results are floats.
+    load = loader(source, lane, 1, 1, "flat")
+    narrow = lane is types.float64 and target == "bfloat16"  # which is rounded from float32 alone
+    store = storer("float32" if raw else target, types.float32 if narrow else lane, 1, 1, "flat")
+    load_added = loader(added or source, lane, 1, 1, "flat")
+    ints = np.int64
+
+    def copy(  # type: ignore[no-untyped-def]
+        to, x, y, count, n1, n2, n3, to_0, to_1, to_2, to_3, x_0, x_1, x_2, x_3, y_0, y_1, y_2, y_3
+    ):
+        i = ints(cuda.blockIdx.x) * THREADS + ints(cuda.threadIdx.x)
+        if i < count:
+            i3 = i % n3
+            i //= n3
+            i2 = i % n2
+            i //= n2
+            i1 = i % n1
+            i //= n1
+            t = i * to_0 + i1 * to_1 + i2 * to_2 + i3 * to_3
+            s = i * x_0 + i1 * x_1 + i2 * x_2 + i3 * x_3
+            if raw:
+                move(to, t, x, s)
+            else:
+                value = load(x, s, ints(1), s + 1, ints(1), ints(1))
+                if plus:
+                    a = i * y_0 + i1 * y_1 + i2 * y_2 + i3 * y_3
+                    value = value + load_added(y, a, ints(1), a + 1, ints(1), ints(1))
+                if narrow:
+                    store(to, t, ints(1), t + 1, ints(1), ints(1), narrowed(value))
+                else:
+                    store(to, t, ints(1), t + 1, ints(1), ints(1), value)
+
+    return Kernel(copy, THREADS)
+
+
+@cache
+def _filler(name: str) -> Kernel:
+    lane = types.float64 if name in WIDE else types.float32
+    scalar = np.float64 if name in WIDE else np.float32
+    store, as_lane = storer(name, lane, 1, 1, "flat"), tile(1)
+    ints = np.int64
+
+    def fill(to, count, value):  # type: ignore[no-untyped-def]
+        i = ints(cuda.blockIdx.x) * THREADS + ints(cuda.threadIdx.x)
+        store(to, i, ints(1), count, ints(1), ints(1), as_lane(scalar(value)))
+
+    return Kernel(fill, THREADS)

@@ -1,0 +1,248 @@
+"""Launch choices: which kernel serves a plan, with how many threads, and why; frozen data and arithmetic on shapes.
+
+Everything here depends on shapes, strides and alignment alone, never on the device: the same call has the same bits on
+every GPU.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from ..dtypes import NARROW
+from ..plan import Placement, Plan
+
+WORD = 16
+"""Bytes of the widest load of a thread."""
+
+
+class Rung(NamedTuple):
+    """Groups of up to so many elements, and the threads and registers that serve one."""
+
+    elements: int
+    team: int
+    each: int  # elements a thread
+    registers: int  # a thread may use: with more, fewer threads would run than are needed to keep memory busy
+
+
+LADDER = (
+    Rung(32, 4, 8, 80),
+    Rung(64, 8, 8, 80),
+    Rung(128, 16, 8, 80),
+    Rung(256, 32, 8, 80),
+    Rung(512, 32, 16, 96),
+    Rung(1024, 32, 32, 128),
+    Rung(2048, 128, 16, 96),
+    Rung(4096, 256, 16, 96),
+    Rung(8192, 512, 16, 96),
+    Rung(16384, 512, 32, 128),
+)
+"""Groups that registers hold, float32 lanes (float64: half as many elements at each step).
+
+A multiprocessor has 64 Ki registers and must have some 40 KB of loads under way to keep 3 TB/s busy at 600 ns. A thread
+with 8, 16 or 32 elements under way (32 to 128 bytes) and at most 80, 96 or 128 registers makes 26, 42 or 65 KB. Up to
+1024 elements a warp needs no barrier. Teams of 1024 threads would have to make do with 64 registers, which 16 elements
+and their moments exceed.
+"""
+
+STREAM = Rung(0, 512, 16, 96)
+"""Groups beyond the ladder are read tile by tile, and once more for the output, from L2 while 132 groups fit in it."""
+
+NARROW_BLOCK = 128
+"""Threads of a block of several teams: 4 warps, so that the last block of a launch wastes little."""
+
+SPLIT_BELOW = 256
+"""Fewer groups than this, beyond the ladder, are cut into chunks: one block each would leave multiprocessors idle."""
+
+SPLIT_BLOCKS = 1024
+"""Chunks of all groups together: several for each of some 130 multiprocessors."""
+
+MIN_CHUNK = 16384
+"""Elements a chunk has at least: two tiles of `STREAM`."""
+
+MAX_CHUNK = 1 << 22
+"""Elements a chunk has at most: the count of a chunk's elements is a float32, exact up to 16 Mi."""
+
+
+class Rows(NamedTuple):
+    """What a rows kernel is compiled for; everything else is an argument."""
+
+    source: str  # dtype of x
+    result: str  # dtype of y
+    wide: bool  # float64 lanes
+    vector: int  # elements a load
+    count: int  # loads a tile
+    team: int  # threads a group, or a chunk of one
+    block: int  # threads
+    rule: str  # where pieces lie, of `memory`
+    held: bool = False  # one tile a thread is all: it stays in registers
+    takes: str = "x"  # statistics from "x", or merged from the "table" of chunks, or given as "stats"
+    leaves: str = "stats"  # statistics go to "stats", or a chunk's to the "table", or "nowhere"
+    writes: bool = True  # y is written
+    mask: str = "all"  # of `memory.chooser`
+    weight: str = ""  # of `memory.gatherer`; "" where there is none
+    bias: str = ""
+    added: bool = False  # x + residual is formed, and kept in total
+    centred: bool = True
+    split: bool = False  # groups are cut into chunks
+    kept: bool = False  # K1 is not 1
+
+
+class Call(NamedTuple):
+    """What of a call decides its launches, beside the plan: names of dtypes, and what there is."""
+
+    source: str
+    result: str
+    weight: bool = False
+    bias: bool = False
+    mask: bool = False
+    added: bool = False
+    summed: bool = False  # x is the packed sum of an input and a residual
+    fixed: bool = False  # backward: the statistics do not depend on x
+    low: tuple[int, ...] = ()  # the addresses modulo 16 of (x, y, mask, weight, bias, residual, total); () if all 0
+
+
+def summed(call: Call) -> Call:
+    """Return the call that goes on from the packed sum of input and residual."""
+    low = (call.low[6], *call.low[1:5], 0, 0) if call.low else ()
+    return call._replace(source=call.result, added=False, summed=True, low=low)
+
+
+class Launch(NamedTuple):
+    """One kernel, its blocks and the numbers that follow the addresses among its arguments."""
+
+    choice: Rows
+    blocks: int
+    starts: tuple[int, int, int]  # bytes from the spans' addresses to their first elements: x, y, mask
+    numbers: tuple[int, ...]
+
+
+def item_size(name: str) -> int:
+    """Return the bytes of an element."""
+    return 1 if name == "bool" else int("".join(c for c in name if c.isdigit())) // 8
+
+
+def is_wide(name: str) -> bool:
+    """Tell whether a dtype computes in float64."""
+    return name not in NARROW
+
+
+def vector_of(sizes: tuple[int, ...], low: tuple[int, ...], multiples: tuple[int, ...]) -> int:
+    """Return how many neighbours a load takes: the most of which everything is a multiple.
+
+    Parameters
+    ----------
+    sizes : tuple of int
+        Bytes of an element of each array: of x and y first.
+    low : tuple of int
+        Address of each array modulo 16; empty if all are 0.
+    multiples : tuple of int
+        Lengths, offsets and strides in elements.
+    """
+    vector = WORD // max(sizes[:2])
+    while vector > 1:
+        fits = all(m % vector == 0 for m in multiples)
+        if fits and all(a % min(vector * s, WORD) == 0 for a, s in zip(low, sizes, strict=False)):
+            break
+        vector //= 2
+    return vector
+
+
+def steps(placement: Placement, plan: Plan) -> tuple[int, ...]:
+    """Return an array's offset and strides as far as they are used."""
+    lengths = plan.layout.view[:3]
+    return placement.start, *(s for s, n in zip(placement.strides, lengths, strict=False) if n > 1)
+
+
+@lru_cache(maxsize=4096)
+def rows(plan: Plan, call: Call, takes: str, leaves: str, writes: bool) -> Launch:
+    """Choose the launch of a rows kernel.
+
+    Parameters
+    ----------
+    plan, call
+        The call.
+    takes, leaves, writes
+        Which part of the work, as in `Rows`; where groups are not split, "table" stands for nothing.
+    """
+    layout = plan.layout
+    k0, r0, k1, r1 = layout.view
+    x = plan.packed if call.summed else plan.x or plan.packed
+    y = plan.y or plan.packed
+    mask = plan.mask or plan.packed
+    wide = is_wide(call.source)
+    lane = 8 if wide else 4
+    sizes = (
+        item_size(call.source),
+        item_size(call.result),
+        1,
+        lane,
+        lane,
+        item_size(call.source),
+        item_size(call.result),
+    )
+    along = layout.inner == 1 and layout.size % r1 == 0 and (r0 == 1 or k1 * r1 % layout.size == 0)
+    one = layout.inner % r1 == 0 and (r0 == 1 or k1 * r1 % (layout.inner * layout.size) == 0)
+    multiples = (r1, *steps(x, plan), *(steps(y, plan) if writes else ()))
+    if call.mask and mask.strides[3] == 1:
+        multiples += steps(mask, plan)
+    affine = call.weight or call.bias
+    if affine and layout.inner > 1 and not one:
+        multiples += (layout.inner,)
+    vector = vector_of(sizes, call.low, multiples)
+    kind = "along" if along else "group" if one else "element" if layout.inner == 1 else "piece"
+    mask_kind = "all" if not call.mask else "elements" if mask.strides[3] == 1 else "runs"
+    together = (
+        k1 == 1 and all(p.strides[1] == r1 for p in (x, y)) and (mask_kind != "elements" or mask.strides[1] == r1)
+    )
+    flat = r0 == 1 or (together and mask_kind != "runs" and not (affine and along))
+    pieces = r0 * r1 // vector
+    part = 2 if wide else 1
+    rung = next((r for r in LADDER if layout.count * part <= r.elements), STREAM)
+    held = rung is not STREAM
+    count = max(1, rung.each // part // vector)
+    chunk = chunk_elements(plan) if not held else layout.count
+    tile = rung.team * count
+    chunk_pieces = -(-chunk // vector) if held else -(-chunk // (tile * vector)) * tile
+    chunks = -(-pieces // chunk_pieces)
+    split = chunks > 1
+    units = layout.groups * chunks
+    block = max(rung.team, NARROW_BLOCK)
+    choice = Rows(
+        source=call.source,
+        result=call.result,
+        wide=wide,
+        vector=vector,
+        count=count,
+        team=rung.team,
+        block=block,
+        rule="flat" if flat else "runs",
+        held=held,
+        takes=takes,
+        leaves=leaves,
+        writes=writes,
+        mask=mask_kind if takes == "x" else "all",
+        weight=kind if call.weight and writes else "",
+        bias=kind if call.bias and writes else "",
+        added=call.added,
+        centred=layout.centred,
+        split=split,
+        kept=k1 > 1,
+    )
+    numbers = (
+        units, chunks, chunk_pieces, pieces, r1 // vector, k1, r0 * k1 * r1, r1,
+        *(x.strides[i] for i in (0, 1, 2)),
+        *(y.strides[i] for i in (0, 1, 2)),
+        *(mask.strides[i] for i in (0, 1, 2)),
+        layout.inner, layout.size,
+    )  # fmt: skip
+    starts = (x.start * sizes[0], y.start * sizes[1], mask.start)
+    return Launch(choice, -(-units * rung.team // block), starts, numbers)
+
+
+def chunk_elements(plan: Plan) -> int:
+    """Return how many elements of a group one block takes, from the shape alone."""
+    layout = plan.layout
+    if layout.groups >= SPLIT_BELOW:
+        return min(layout.count, MAX_CHUNK)
+    return min(max(MIN_CHUNK, -(-plan.size // SPLIT_BLOCKS)), MAX_CHUNK)

@@ -1,0 +1,236 @@
+"""The rows kernel: groups of long contiguous runs, in the view (K0, R0, K1, R1).
+
+A team of threads takes a group, or one chunk of it. Its threads hold tiles of it in registers; where one tile is all,
+the output is written from there and memory is read once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+import numpy as np
+
+from ..plan import Plan
+from . import launch, memory
+from .launch import Call, Launch, Rows, item_size
+from .memory import Span
+from .toolchain import Kernel, cuda, device, types
+from .welford import (
+    ALL,
+    WARP,
+    gain_for_rstd,
+    gain_of,
+    moments,
+    rstd_of,
+    settled,
+    table_moments,
+    team,
+    trust,
+)
+
+
+@cache
+def split_mean(wide):
+    """Return the function that turns a float64 mean into two lanes."""
+    lane = np.float64 if wide else np.float32
+
+    @device
+    def split(mean):
+        hi = lane(mean)
+        return hi, lane(mean - np.float64(hi))
+
+    return split
+
+
+@cache
+def kernel(c: Rows) -> Kernel:
+    """Return the kernel for a choice."""
+    lane = types.float64 if c.wide else types.float32
+    scalar = np.float64 if c.wide else np.float32
+    width = c.vector * c.count
+    geometry = (lane, c.vector, c.count, c.rule)
+    load = memory.loader(c.source, *geometry)
+    load_sum = memory.loader(c.result, lane, c.vector, c.count, c.rule)
+    store = memory.storer(c.result, *geometry)
+    chosen_of = memory.chooser(c.mask, c.vector, c.count, c.rule)
+    store_y = memory.affine_storer(c.result, *geometry, c.weight, c.bias)
+    rounded = memory.rounder(c.result, lane, width)
+    of_tile, merge = moments(lane, 1, c.centred)
+    tile_moments = of_tile(width)
+    merged = team(lane, c.team, merge)
+    from_table = table_moments(c.team)
+    mean_in_lanes, gain_to_apply = split_mean(c.wide), gain_for_rstd(lane)
+    trusted, gain_for = trust(lane), gain_of(lane)
+    one, zero = scalar(1), scalar(0)
+    teams = c.block // c.team
+    read_number, write_number = memory.read_number, memory.write_number
+    held, added, writes, centred, split, kept = c.held, c.added, c.writes, c.centred, c.split, c.kept
+    from_x, from_stats = c.takes == "x", c.takes == "stats"
+    to_table, to_stats = c.leaves == "table", c.leaves == "stats"
+    block_wide = c.team > WARP
+    whole_tile = np.int64(c.team * c.count)
+    step = np.int64(c.team)
+    source_size, result_size = item_size(c.source), item_size(c.result)
+    ints = np.int64
+
+    @device
+    def read(x, residual, total, p, limit, run, x_r0, total_r0):
+        """Load a tile; with a residual form the sum, keep it and return it as it was rounded."""
+        values = load(x, p, step, limit, run, x_r0)
+        if added:
+            values = rounded(values + load(residual, p, step, limit, run, x_r0))
+            store(total, p, step, limit, run, total_r0, values)
+        return values
+
+    def rows(
+        x, residual, total, y, mask, weight, bias, stats, table,
+        units, chunks, chunk_pieces, pieces, run, K1, span, R1,
+        x_K0, x_R0, x_K1, y_K0, y_R0, y_K1, mask_K0, mask_R0, mask_K1,
+        inner, size, eps,
+    ):  # fmt: skip
+        thread = ints(cuda.threadIdx.x) % step
+        packed_R0 = K1 * R1
+        unit = ints(cuda.blockIdx.x) * teams + ints(cuda.threadIdx.x) // step
+        there = unit < units
+        unit = min(unit, units - 1)
+        groups, group, chunk = units, unit, ints(0)
+        if split:
+            groups = units // chunks
+            group = unit // chunks
+            chunk = unit - group * chunks
+        k0, k1 = group, ints(0)
+        if kept:
+            k0 = group // K1
+            k1 = group - k0 * K1
+        flat = k0 * span + k1 * R1
+        x_at = x + (k0 * x_K0 + k1 * x_K1) * source_size
+        residual_at = residual + (k0 * x_K0 + k1 * x_K1) * source_size
+        total_at = total + flat * result_size
+        y_at = y + (k0 * y_K0 + k1 * y_K1) * result_size
+        mask_at = mask + k0 * mask_K0 + k1 * mask_K1
+        start = chunk * chunk_pieces + thread
+        limit = min((chunk + 1) * chunk_pieces, pieces)
+        if not there:
+            limit = ints(0)
+        count = 0.0
+        mean = 0.0
+        m2 = 0.0
+        rstd = 0.0
+        if held:
+            tile = read(x_at, residual_at, total_at, start, limit, run, x_R0, packed_R0)
+        gain = one
+        hi = lo = zero
+        if from_x:
+            for attempt in range(2):
+                n = hi = lo = squares = zero
+                if held:
+                    chosen = chosen_of(mask_at, start, step, limit, run, mask_R0)
+                    n, hi, lo, squares = tile_moments(tile, chosen)
+                else:
+                    p = start
+                    while p - thread < limit:
+                        values = read(x_at, residual_at, total_at, p, limit, run, x_R0, packed_R0)
+                        chosen = chosen_of(mask_at, p, step, limit, run, mask_R0)
+                        n2, hi2, lo2, squares2 = tile_moments(values * gain, chosen)
+                        n, hi, lo, squares = merge(n, hi, lo, squares, n2, hi2, lo2, squares2)
+                        p += whole_tile
+                n, hi, lo, squares = merged(n, hi, lo, squares)
+                good = attempt > 0 or trusted(hi, squares)
+                if block_wide:
+                    if good:
+                        break
+                elif not cuda.any_sync(ALL, not good):
+                    break
+                if not good:
+                    gain = gain_for(squares)
+                if held:
+                    tile = tile * gain
+            count = np.float64(n)
+            mean, m2 = settled(hi, lo, squares, gain)
+        elif from_stats:
+            mean = read_number(stats, groups + group)
+            rstd = read_number(stats, 3 * groups + group)
+        else:
+            count, mean, m2 = from_table(table, group * chunks, chunks, chunks, ints(0), units, thread)
+        if not from_stats:
+            rstd = rstd_of(count, m2, eps)
+        if thread == 0 and there:
+            if to_table:
+                write_number(table, unit, count)
+                write_number(table, units + unit, mean)
+                write_number(table, 2 * units + unit, m2)
+            if to_stats and chunk == 0:
+                write_number(stats, group, count)
+                write_number(stats, groups + group, mean)
+                write_number(stats, 2 * groups + group, m2)
+                write_number(stats, 3 * groups + group, rstd)
+        if writes:
+            if not from_x:
+                gain = gain_to_apply(rstd)
+                hi, lo = mean_in_lanes(mean * np.float64(gain))
+            scale = scalar(rstd / np.float64(gain))
+            p = start
+            while p - thread < limit:
+                if held:
+                    values = tile
+                elif added:
+                    values = load_sum(total_at, p, step, limit, run, packed_R0)
+                else:
+                    values = load(x_at, p, step, limit, run, x_R0)
+                if not held:
+                    values = values * gain
+                if centred:
+                    values = (values - hi) - lo
+                store_y(
+                    y_at, p, step, limit, run, y_R0, values * scale, weight, bias, flat, packed_R0, inner, size
+                )  # fmt: skip
+                if held:
+                    break
+                p += whole_tile
+
+    return Kernel(rows, c.block)
+
+
+def _launch(part: Launch, addresses: tuple[int, ...], table: int, eps: float, stream: int) -> None:
+    x, residual, total, y, mask, weight, bias, stats = addresses
+    x_start, y_start, mask_start = part.starts
+    residual += x_start
+    kernel(part.choice)(
+        part.blocks, stream, x + x_start, residual, total, y + y_start, mask + mask_start, weight, bias, stats, table,
+        *part.numbers, eps,
+    )  # fmt: skip
+
+
+def forward(
+    plan: Plan, call: Call, addresses: tuple[int, ...], eps: float, stream: int, workspace: Callable[[int], Span]
+) -> None:
+    """Normalize: in one launch where a block has a group to itself, else in two."""
+    whole = launch.rows(plan, call, "x", "stats", True)
+    if not whole.choice.split:
+        _launch(whole, addresses, 0, eps, stream)
+        return
+    table = workspace(24 * whole.numbers[0]).address
+    _launch(launch.rows(plan, call, "x", "table", False), addresses, table, 0.0, stream)
+    if call.added:
+        x, residual, total, *rest = addresses
+        addresses = (total, 0, 0, *rest)
+        call = launch.summed(call)
+    _launch(launch.rows(plan, call, "table", "stats", True), addresses, table, eps, stream)
+
+
+def statistics(
+    plan: Plan, call: Call, addresses: tuple[int, ...], stream: int, workspace: Callable[[int], Span]
+) -> None:
+    """Write statistics alone."""
+    whole = launch.rows(plan, call, "x", "stats", False)
+    if not whole.choice.split:
+        _launch(whole, addresses, 0, 0.0, stream)
+        return
+    table = workspace(24 * whole.numbers[0]).address
+    _launch(launch.rows(plan, call, "x", "table", False), addresses, table, 0.0, stream)
+    _launch(launch.rows(plan, call, "table", "stats", False), addresses, table, 0.0, stream)
+
+
+def apply(plan: Plan, call: Call, addresses: tuple[int, ...], stream: int) -> None:
+    """Normalize with given statistics."""
+    _launch(launch.rows(plan, call, "stats", "nowhere", True), addresses, 0, 0.0, stream)
