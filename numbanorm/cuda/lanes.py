@@ -133,6 +133,28 @@ def pick(typing_context, condition, a, b):
 
 
 @intrinsic
+def like(typing_context, value, scalar):
+    """Return a number in every lane of something of the type of `value`."""
+
+    def generate(context, builder, signature, arguments):
+        return repeat(builder, arguments[1], value.width) if isinstance(value, Lanes) else arguments[1]
+
+    return value(value, value.element if isinstance(value, Lanes) else value), generate
+
+
+@intrinsic
+def some(typing_context, condition):
+    """Tell whether a condition holds anywhere."""
+
+    def generate(context, builder, signature, arguments):
+        if not isinstance(condition, Choice):
+            return arguments[0]
+        return _folded(builder, arguments[0], 1, builder.or_)
+
+    return types.boolean(condition), generate
+
+
+@intrinsic
 def choose(typing_context, choice, lanes):
     """Return the chosen lanes, and 0 in the others."""
 

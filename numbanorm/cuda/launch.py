@@ -246,3 +246,130 @@ def chunk_elements(plan: Plan) -> int:
     if layout.groups >= SPLIT_BELOW:
         return min(layout.count, MAX_CHUNK)
     return min(max(MIN_CHUNK, -(-plan.size // SPLIT_BLOCKS)), MAX_CHUNK)
+
+
+COLUMN_ROWS = 8
+"""Rows a thread has under way in the columns kernels, of 128 bits each (float64 lanes: 4)."""
+
+COLUMN_THREADS = 256
+"""Threads of their blocks; half as many for lanes of 16 bits, whose moments would fill the shared memory."""
+
+MAX_CHUNKS = 128
+"""Chunks of rows, at most: each leaves 24 bytes a lane that must be merged."""
+
+
+class Columns(NamedTuple):
+    """What a columns kernel is compiled for."""
+
+    source: str
+    result: str
+    wide: bool
+    vector: int  # lanes a thread
+    count: int  # rows a tile
+    across: int  # threads of a block along the lanes; the others lie below each other
+    block: int  # threads
+    mask: str = "all"
+    weights: str = "element"  # "piece": weights lie along the rows; else "along" or "element", along the lanes
+    weight: bool = False
+    bias: bool = False
+    centred: bool = True
+
+
+class ColumnsLaunch(NamedTuple):
+    """One kernel, its blocks and the numbers that follow the addresses among its arguments."""
+
+    choice: Columns
+    blocks: int
+    starts: tuple[int, int, int]
+    numbers: tuple[int, ...]
+    chunks: int
+    entries: int  # of the table, a plane
+
+
+class Close(NamedTuple):
+    """The merge of a table of partial moments."""
+
+    team: int
+    block: int
+    blocks: int
+    numbers: tuple[int, ...]
+
+
+def power_of_two(number: int) -> int:
+    """Return the least power of two that is not below `number`."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+@lru_cache(maxsize=4096)
+def columns(plan: Plan, call: Call, part: str) -> ColumnsLaunch:
+    """Choose the launch of a columns kernel: "moments", "apply", and for backward "sums" and "emit"."""
+    layout = plan.layout
+    k0, rows, k1, r1 = layout.view
+    lanes = k1 * r1
+    x, y, mask = plan.x or plan.packed, plan.y or plan.packed, plan.mask or plan.packed
+    wide = is_wide(call.source)
+    lane = 8 if wide else 4
+    sizes = (item_size(call.source), item_size(call.result), 1, lane, lane, item_size(call.source), 1)
+    by_row = layout.inner % lanes == 0
+    masked = call.mask and part != "apply"
+    mask_kind = "all" if not masked else "elements" if mask.strides[3] == 1 else "runs"
+    along = layout.inner == 1 and lanes % layout.size == 0
+    multiples = (lanes, *_lane_steps(x, plan), *(_lane_steps(y, plan) if part != "moments" else ()))
+    if mask_kind == "elements":
+        multiples += _lane_steps(mask, plan)
+    if along and (call.weight or call.bias):
+        multiples += (layout.size,)
+    vector = vector_of(sizes, call.low, multiples)
+    block = COLUMN_THREADS // 2 if vector * lane > WORD else COLUMN_THREADS
+    count = COLUMN_ROWS // (2 if wide or part in ("sums", "emit") else 1)
+    below = min(power_of_two(-(-rows // count)), block // 32)
+    across = min(power_of_two(-(-lanes // vector)), block // below)
+    below = block // across
+    tiles = -(-lanes // (across * vector))
+    tile = below * count
+    wanted = min(MAX_CHUNKS, max(1, SPLIT_BLOCKS // (tiles * k0))) if part in ("moments", "sums") else 1 << 20
+    least = 1 if part in ("moments", "sums") else 4
+    chunk_rows = max(least * tile, -(-rows // (wanted * tile)) * tile)
+    chunks = -(-rows // chunk_rows)
+    choice = Columns(
+        source=call.source,
+        result=call.result,
+        wide=wide,
+        vector=vector,
+        count=count,
+        across=across,
+        block=block,
+        mask=mask_kind,
+        weights="piece" if by_row else "along" if along else "element",
+        weight=call.weight and part != "moments",
+        bias=call.bias and part == "apply",
+        centred=layout.centred,
+    )
+    entries = k0 * chunks * lanes
+    head = (tiles, chunks, chunk_rows, rows, lanes)
+    if part == "moments":
+        numbers = *head, entries, x.strides[0], x.strides[1], mask.strides[0], mask.strides[1]
+    else:
+        own = (x.strides[0], x.strides[1], y.strides[0], y.strides[1])
+        numbers = *head, layout.groups, k1, r1, *own, layout.inner, layout.size
+        if part != "apply":
+            numbers += entries, mask.strides[0], mask.strides[1]
+    starts = (x.start * sizes[0], y.start * sizes[1], mask.start)
+    return ColumnsLaunch(choice, k0 * chunks * tiles, starts, numbers, chunks, entries)
+
+
+def _lane_steps(placement: Placement, plan: Plan) -> tuple[int, ...]:
+    """Return an array's offset and the strides of K0 and the rows."""
+    lengths = plan.layout.view[:2]
+    return placement.start, *(s for s, n in zip(placement.strides, lengths, strict=False) if n > 1)
+
+
+@lru_cache(maxsize=4096)
+def close(plan: Plan, part: ColumnsLaunch) -> Close:
+    """Choose the merge of the table that the columns kernels leave."""
+    k0, _, k1, r1 = plan.layout.view
+    lanes = k1 * r1
+    entries = part.chunks * r1
+    team = min(32, power_of_two(-(-entries // 4)))
+    numbers = (k0 * k1, k1, part.chunks * lanes, r1, entries, r1, lanes, part.entries)
+    return Close(team, NARROW_BLOCK, -(-k0 * k1 * team // NARROW_BLOCK), numbers)

@@ -139,6 +139,8 @@ def _put(array: np.ndarray, at: int, value: Any) -> None:
 
 
 lanes.pick = _pick
+lanes.some = lambda condition: bool(np.any(condition))
+lanes.like = lambda value, scalar: np.full_like(value, scalar) if isinstance(value, np.ndarray) else scalar
 lanes.choose = lambda choice, value: np.where(choice, value, value.dtype.type(0))
 lanes.narrowed = lambda value: value.astype(np.float32)
 lanes.widened = lambda value: value.astype(np.float64)
