@@ -135,17 +135,32 @@ def publish(options: argparse.Namespace) -> int:
     for legacy in (*html.glob("*.js"), *html.glob("*.css"), html / "error.html"):  # asv's own pages, which need CDNs
         legacy.unlink()
     done = subprocess.run([sys.executable, "-m", "asv_tachyon", "install", "--no-backup", str(html)], check=False)
-    hashes = json.loads((html / "index.json").read_text())["revision_to_hash"].values()
-    subjects = git("log", "--no-walk", "--format=%H %s", *hashes).splitlines()
-    beside_data = {
-        "commits.json": dict(line.split(" ", 1) for line in subjects),
-        "profiles.json": {"paths": {}},
-        "regressions-ignore.json": [],
-    }
-    for name, content in beside_data.items():  # the pages ask for all three
-        (html / name).write_text(json.dumps(content))
+    fill_in(html)
     print(f"The dashboard is in {html}")
     return done.returncode
+
+
+def fill_in(html: Path) -> None:
+    """Write what the pages ask for and asv does not write: subjects of commits, and empty files for what is not there.
+
+    Without them everything works as well, but the browser's console fills with requests that failed.
+    """
+    index = json.loads((html / "index.json").read_text())
+    log = git("log", "--no-walk", "--format=%H %s", *index["revision_to_hash"].values())
+    content: dict[Path, Any] = {
+        html / "commits.json": dict(line.split(" ", 1) for line in log.splitlines()),
+        html / "profiles.json": {"paths": {}},
+        html / "regressions-ignore.json": [],
+    }
+    graphs = html / "graphs"
+    for folder in {path.parent for path in graphs.rglob("bench_*.json")}:
+        for name in index["benchmarks"]:
+            content[folder / f"{name}.json"] = []
+            content[html / "samples" / folder.relative_to(graphs) / f"{name}.json"] = {}
+    for path, value in content.items():
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(value))
 
 
 def git(*arguments: str) -> str:
