@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -83,17 +84,21 @@ def quick(options: argparse.Namespace) -> int:
         status = asv("run", *arguments, "-E", this_python(), "--set-commit-hash", "HEAD", conf=conf)
         files = [path for path in Path(folder).glob("results/*/*.json") if path.name != "machine.json"]
         results = {name: values for path in files for name, values in read(path).items()}
-        known = json.loads((Path(folder) / "results" / "benchmarks.json").read_text())
-    known = [name for name in known if name != "version"]
-    failed = sorted({name for name, values in results.items() if None in values} | {*known} - {*results})
-    empty = [name for name, values in results.items() if all(is_missing(value) for value in values)]
+        listed = Path(folder) / "results" / "benchmarks.json"
+        known = json.loads(listed.read_text()) if listed.exists() else {}
+    known = [name for name in known if name != "version" and re.search(options.bench, name)]
+    failed = sorted(name for name in known if None in results.get(name, [None]))
+    empty = [name for name, values in results.items() if name not in failed and all(map(is_missing, values))]
     wrong = [name for name in empty if not name.startswith(MAY_BE_MISSING)]
+    ran = len(results) - len(failed) - len(empty)
     cells = sum(not is_missing(value) for values in results.values() for value in values)
-    print(f"{len(results) - len(failed) - len(empty)} benchmarks of {len(known)} ran, with {cells} values")
+    print(f"{ran} benchmarks of {len(known)} ran, with {cells} values")
     print(f"n/a here: {', '.join(empty) or 'none'}")
     if failed or wrong:
         print(f"failed: {', '.join(failed) or 'none'}; n/a but should not be: {', '.join(wrong) or 'none'}")
-    return status or int(bool(failed or wrong or not results))
+    if ran < options.at_least:
+        print(f"expected at least {options.at_least} benchmarks to run")
+    return status or int(bool(failed or wrong) or ran < options.at_least)
 
 
 def read(path: Path) -> dict[str, list[Any]]:
@@ -188,7 +193,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         return sub
 
     command(check)
-    command(quick, ".")
+    command(quick, ".").add_argument("--at-least", type=int, default=1, help="how many benchmarks must run")
     command(run, ".").add_argument("commit")
     command(history, HISTORY).add_argument("file", type=Path, help="full commit hashes, one a line")
     comparison = command(compare, COMPARED)

@@ -37,7 +37,10 @@ def _compiled(function, *, parallel):
 
 NO_CHANGE = "\n# A comment, and nothing else.\n"
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="measures time: run it without other tests"),
+]
 
 
 @pytest.fixture(scope="module")
