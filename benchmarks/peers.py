@@ -1,155 +1,95 @@
-"""Compare the norms with torch and NumPy: one command, one table, and the same as JSON and in the README.
+"""Compare the norms with torch, onnxruntime, JAX and NumPy: one command, one table, the same as JSON and as a plot.
 
-    python benchmarks/peers.py [--threads N] [--json FILE] [--readme]
+    python benchmarks/peers.py [--threads N] [--only TEXT] [--json FILE] [--plot FILE] [--readme]
 
-All candidates of a row run in one process, in turns; a time is the median over the turns, a ratio the median of the
-paired ratios. Each result is checked against float64 before its time counts. `out=` and `copyto` reuse their output;
-all else returns a fresh array, as its users call it. torch takes part where it is installed.
+All candidates of a row run in one process, in turns, on as many cores as there are threads; a time is the median over
+the turns, a ratio the median of the paired ratios. Each result is checked against float64 before its time counts.
+Candidates return a fresh array, as their users call them; `out=` stands apart. "copies" is the time of `numpy.copyto`
+of x into an array that is there already. Libraries that are not installed do not take part.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import platform
 import re
+import statistics
 import sys
 import time
 from collections.abc import Callable
 from datetime import date
+from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
-import numbanorm as nn
-
-try:
-    import torch
-    import torch.nn.functional as functional
-except ImportError:
-    torch = None
-
-TURNS = 9
-SECONDS_A_TURN = 0.02
-TOLERANCE = 2e-6  # of the result's scale, float32
+PEERS = ("torch", "onnxruntime", "JAX", "NumPy")
+SECONDS_A_TURN = 0.004
+TURNS = 25
+SECONDS_A_CELL = 4.0
+TOLERANCE = {"float32": 2e-6, "float64": 1e-9, "bfloat16": 2.0**-8}
+"""Largest error of ours, as a share of the result's scale; peers may be 500 times worse."""
 
 
-class Row(NamedTuple):
-    """One line of the table: an operation on one array."""
-
-    name: str
-    ours: Callable[[], Any]
-    out: Callable[[], Any]
-    numpy: Callable[[], Any]
-    torch: Callable[[], Any] | None
-    x: np.ndarray
-    y: np.ndarray
+def pin(threads: int) -> None:
+    """Keep this process, and so every library's threads, on the last `threads` cores."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = str(threads)
 
 
-def normalized(x: np.ndarray, axes: tuple[int, ...], weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    mean = x.mean(axes, keepdims=True)
-    return (x - mean) / np.sqrt(x.var(axes, keepdims=True) + 1e-5) * weight + bias
+def error_of(result: Any, reference: Any) -> float:
+    """Return the largest error as a share of the scale, over all arrays of a result."""
+    if not isinstance(reference, tuple):
+        result, reference = (result,), (reference,)
+    worst = 0.0
+    for got, wanted in zip(result, reference, strict=False):
+        if type(got).__module__.startswith("torch"):
+            got = got.float() if "bfloat16" in str(got.dtype) else got  # noqa: PLW2901
+        array = np.asarray(got.numpy() if hasattr(got, "numpy") else got).astype(np.float64)
+        worst = max(worst, float(np.abs(array - wanted).max() / np.abs(wanted).max()))
+    return worst
 
 
-def rows() -> list[Row]:
-    rng = np.random.default_rng(0)
-    table = []
-
-    def tensor(a: np.ndarray) -> Any:
-        return torch.from_numpy(a) if torch else None
-
-    def add(name: str, shape: tuple[int, ...], last: bool, axis: str, ours: Any, theirs: Any) -> None:
-        x = rng.standard_normal(shape, dtype=np.float32) + np.float32(3)
-        if last:
-            x = np.ascontiguousarray(np.moveaxis(x, 1, -1)).transpose(0, 3, 1, 2)
-        size = shape[-1] if axis == "layer" else shape[1]
-        w = rng.standard_normal(size, dtype=np.float32)
-        b = rng.standard_normal(size, dtype=np.float32)
-        tx, tw, tb = tensor(x), tensor(w), tensor(b)
-        y = np.empty_like(x)
-        lead = (-1,) if axis == "layer" else (-1, 1, 1)
-        axes = {"layer": (-1,), "batch": (0, 2, 3), "instance": (2, 3)}.get(axis)
-
-        def plain(x: np.ndarray = x) -> np.ndarray:
-            if axis == "group":
-                n = x.shape[0]
-                h = normalized(x.reshape(n, 8, -1), (2,), x.dtype.type(1), x.dtype.type(0)).reshape(x.shape)
-                return h * w.reshape(lead) + b.reshape(lead)
-            return normalized(x, axes, w.reshape(lead), b.reshape(lead))
-
-        table.append(
-            Row(
-                f"{name} {'x'.join(map(str, shape))}{', channels last' if last else ''}",
-                lambda: ours(x, w, b),
-                lambda: ours(x, w, b, out=y),
-                plain,
-                (lambda: theirs(tx, tw, tb)) if torch else None,
-                x,
-                y,
-            )
-        )
-
-    for shape in ((1, 768), (128, 768), (4096, 1024), (16384, 4096), (65536, 64)):
-        add(
-            "LayerNorm",
-            shape,
-            False,
-            "layer",
-            lambda x, w, b, out=None: nn.layer_norm(x, x.shape[1], w, b, out=out),
-            lambda x, w, b: functional.layer_norm(x, (x.shape[1],), w, b),
-        )
-    for shape in ((4, 32, 28, 28), (32, 64, 56, 56)):
-        for last in (False, True):
-            add(
-                "BatchNorm, training",
-                shape,
-                last,
-                "batch",
-                lambda x, w, b, out=None: nn.batch_norm(x, None, None, w, b, True, out=out),
-                lambda x, w, b: functional.batch_norm(x, None, None, w, b, True),
-            )
-            add(
-                "GroupNorm(8)",
-                shape,
-                last,
-                "group",
-                lambda x, w, b, out=None: nn.group_norm(x, 8, w, b, out=out),
-                lambda x, w, b: functional.group_norm(x, 8, w, b),
-            )
-            add(
-                "InstanceNorm",
-                shape,
-                last,
-                "instance",
-                lambda x, w, b, out=None: nn.instance_norm(x, None, None, w, b, out=out),
-                lambda x, w, b: functional.instance_norm(x, None, None, w, b),
-            )
-    return table
-
-
-def check(row: Row) -> float:
-    """Return our largest error against float64 as a share of the scale; stop if it is too large."""
-    reference = row.numpy(row.x.astype(np.float64))
-    scale = np.abs(reference).max()
-    errors = [np.abs(call() - reference).max() / scale for call in (row.ours, row.out)]
-    if not max(errors) <= TOLERANCE:
-        raise SystemExit(f"{row.name}: wrong by {max(errors):.1e}, no time is taken of it")
-    return float(max(errors))
+def check(cell: Any) -> float:
+    """Return our error; drop peers whose answer is wrong, stop if ours is."""
+    reference = cell.reference()
+    allowed = TOLERANCE[cell.dtype]
+    worst = 0.0
+    for calls in (cell.candidates, cell.reused):
+        for name in list(calls):
+            try:
+                error = error_of(calls[name](), reference)
+            except NotImplementedError:
+                error = math.inf
+            if name == "numbanorm":
+                worst = max(worst, error)
+            if not error <= allowed * (1 if name == "numbanorm" else 500):
+                if name == "numbanorm":
+                    raise SystemExit(f"{cell.name}: wrong by {error:.1e}, no time is taken of it")
+                print(f"{cell.name}: {name} is wrong by {error:.1e} and takes no part", file=sys.stderr)
+                del calls[name]
+    return worst
 
 
 def measure(calls: dict[str, Callable[[], Any]]) -> dict[str, np.ndarray]:
     """Return seconds a call for each candidate and turn."""
     repeats = {}
+    cost = 0.0
     for name, call in calls.items():
+        call()
         call()
         start = time.perf_counter()
         call()
-        repeats[name] = max(1, int(SECONDS_A_TURN / max(time.perf_counter() - start, 1e-7)))
+        once = max(time.perf_counter() - start, 1e-7)
+        repeats[name] = max(1, int(SECONDS_A_TURN / once))
+        cost += repeats[name] * once
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(TURNS):
+    for _ in range(max(5, min(TURNS, int(SECONDS_A_CELL / cost)))):
         for name, call in calls.items():
             start = time.perf_counter()
             for _ in range(repeats[name]):
@@ -158,43 +98,108 @@ def measure(calls: dict[str, Callable[[], Any]]) -> dict[str, np.ndarray]:
     return {name: np.array(values) for name, values in times.items()}
 
 
-def compare(threads: int) -> list[dict[str, Any]]:
-    nn.set_num_threads(threads)
-    if torch:
-        torch.set_num_threads(threads)
-    results = []
-    for row in rows():
-        error = check(row)
-        calls: dict[str, Callable[[], Any]] = {"ours": row.ours, "out": row.out, "numpy": row.numpy}
-        calls["copyto"] = lambda row=row: np.copyto(row.y, row.x)
-        if row.torch:
-            calls["torch"] = row.torch
-        times = measure(calls)
-        ratios = {f"over_{name}": float(np.median(t / times["ours"])) for name, t in times.items() if name != "ours"}
-        ratios["out_in_copies"] = float(np.median(times["out"] / times["copyto"]))
-        seconds = {name: float(np.median(t)) for name, t in times.items()}
-        results.append({"row": row.name, "bytes": 2 * row.x.nbytes, "error": error, **seconds, **ratios})
-        print(row.name, file=sys.stderr)
-    return results
+def result_of(cell: Any) -> dict[str, Any]:
+    """Check and measure one cell."""
+    error = check(cell)
+    calls = dict(cell.candidates)
+    calls |= {f"{name} out": call for name, call in cell.reused.items()}
+    calls["copy"] = cell.copy
+    times = measure(calls)
+    ours = times["numbanorm"]
+    peers = {name: float(np.median(times[name] / ours)) for name in PEERS if name in times}
+    best = min(peers, key=lambda name: peers[name]) if peers else None
+    result = {
+        "cell": cell.name,
+        "operation": cell.operation,
+        "shape": cell.shape,
+        "dtype": cell.dtype,
+        "last": cell.last,
+        "error": error,
+        "seconds": {name: float(np.median(t)) for name, t in times.items()},
+        "over": peers,
+        "best": best,
+        "copies": float(np.median(ours / times["copy"])),
+    }
+    if "numbanorm out" in times:
+        result["out_copies"] = float(np.median(times["numbanorm out"] / times["copy"]))
+    return result
 
 
 def show(results: list[dict[str, Any]], threads: int) -> None:
-    table = Table(title=f"float32, {threads} thread(s); times in microseconds")
-    for column in ("", "numbanorm", "with out=", "torch", "NumPy", "torch / ours", "NumPy / ours", "out= / copyto"):
-        table.add_column(column, justify="left" if not column else "right")
+    """Print the table and the geometric means."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{threads} thread(s); times in microseconds, fresh outputs unless told")
+    table.add_column("")
+    for column in ("ours", "out=", *PEERS, "best peer / ours", "ours in copies", "out= in copies"):
+        table.add_column(column, justify="right")
     for r in results:
-        micro = [f"{r[k] * 1e6:,.1f}" if k in r else "n/a" for k in ("ours", "out", "torch", "numpy")]
-        ratio = [f"{r[k]:.2f}" if k in r else "n/a" for k in ("over_torch", "over_numpy", "out_in_copies")]
-        table.add_row(r["row"], *micro, *ratio)
-    Console(width=150).print(table)
+        seconds = r["seconds"]
+        micro = [_number(seconds.get(k), 1e6, 1) for k in ("numbanorm", "numbanorm out", *PEERS)]
+        ratio = r["over"].get(r["best"])
+        colour = "red" if ratio and ratio < 0.95 else "green"
+        shown = f"[{colour}]{ratio:.2f}[/] {r['best']}" if ratio else "n/a"
+        table.add_row(r["cell"], *micro, shown, _number(r["copies"], 1, 2), _number(r.get("out_copies"), 1, 2))
+    console = Console(width=170)
+    console.print(table)
+    for name, mean in means(results).items():
+        console.print(f"geometric mean of {name} / ours: {mean:.2f}")
+
+
+def means(results: list[dict[str, Any]]) -> dict[str, float]:
+    """Return each peer's geometric mean ratio over the cells that it takes part in."""
+    found = {name: [r["over"][name] for r in results if name in r["over"]] for name in PEERS}
+    return {name: statistics.geometric_mean(ratios) for name, ratios in found.items() if ratios}
+
+
+def _number(value: float | None, factor: float, digits: int) -> str:
+    return "n/a" if value is None else f"{value * factor:,.{digits}f}"
+
+
+def plot(results: list[dict[str, Any]], path: Path, threads: int) -> None:
+    """Draw every peer's time over ours, cell by cell."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import FuncFormatter
+
+    figure, axes = plt.subplots(figsize=(9, 0.19 * len(results) + 1.2), layout="constrained")
+    places = range(len(results))
+    for name, marker in zip(PEERS, "osD^", strict=True):
+        points = [(r["over"][name], place) for r, place in zip(results, places, strict=True) if name in r["over"]]
+        if points:
+            axes.scatter(*zip(*points, strict=True), marker=marker, s=18, label=name)
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_yticks(places, [r["cell"] for r in results], fontsize=7)
+    axes.set_ylim(len(results) - 0.5, -0.5)
+    axes.set_xlabel(f"time over numbanorm's, {threads} thread(s): right of the line numbanorm is faster")
+    axes.grid(axis="x", which="both", alpha=0.25)
+    axes.legend(loc="upper center", ncols=4, bbox_to_anchor=(0.5, 1.0 + 6 / (len(results) + 6)), frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+README_CELLS = re.compile(
+    r"(layer|rms|batch|instance|group)( training| eval| backward)? "
+    r"(1x768|128x768|4096x1024|16384x4096|65536x64|32x64x56x56) float32"
+)
 
 
 def write_readme(results: list[dict[str, Any]], machine: dict[str, Any]) -> None:
-    """Put the ratios between the README's markers."""
-    lines = ["| float32 | numbanorm | torch takes, times ours | NumPy takes, times ours |", "|---|--:|--:|--:|"]
+    """Put the ratios of some cells between the README's markers."""
+    lines = [
+        "| | numbanorm | " + " | ".join(f"{p} / ours" for p in PEERS) + " |",
+        "|---|--:" + "|--:" * len(PEERS) + "|",
+    ]
     for r in results:
-        ratios = [f"{r[k]:.1f}" if k in r else "n/a" for k in ("over_torch", "over_numpy")]
-        lines.append(f"| {r['row']} | {r['ours'] * 1e6:,.1f} µs | {' | '.join(ratios)} |")
+        if README_CELLS.match(r["cell"]):
+            ratios = [_number(r["over"].get(p), 1, 1) for p in PEERS]
+            lines.append(f"| {r['cell']} | {r['seconds']['numbanorm'] * 1e6:,.1f} µs | {' | '.join(ratios)} |")
+    average = ", ".join(f"{name} {mean:.2f}" for name, mean in means(results).items())
+    lines += ["", f"Geometric mean over all {len(results)} cells: {average}."]
     lines += ["", "Measured by `benchmarks/peers.py`: " + ", ".join(f"{k} {v}" for k, v in machine.items()) + "."]
     path = Path(__file__).parent.parent / "README.md"
     pattern = r"(<!-- peers: begin -->\n).*(<!-- peers: end -->)"
@@ -205,25 +210,51 @@ def write_readme(results: list[dict[str, Any]], machine: dict[str, Any]) -> None
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", default="", help="regular expression; only cells whose name it finds")
+    parser.add_argument("--without", default="", help="regular expression; peers that take no part")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
     parser.add_argument("--readme", action="store_true", help="rewrite the table in README.md")
     options = parser.parse_args()
-    results = compare(options.threads)
+    pin(options.threads)
+
+    import peer_cells
+
+    import numbanorm as nn
+
+    nn.set_num_threads(options.threads)
+    if peer_cells.torch:
+        peer_cells.torch.set_num_threads(options.threads)
+    results = []
+    for cell in peer_cells.cells(re.compile(options.only)):
+        if options.without:
+            for name in list(cell.candidates):
+                if re.fullmatch(options.without, name):
+                    del cell.candidates[name]
+        results.append(result_of(cell))
+        r = results[-1]
+        print(
+            f"{r['cell']:45s} {r['seconds']['numbanorm'] * 1e6:12,.1f} us"
+            f"  {r['copies']:6.2f} copies  out {r.get('out_copies', math.nan):6.2f}   "
+            + "  ".join(f"{name} {ratio:.2f}" for name, ratio in r["over"].items()),
+            file=sys.stderr,
+            flush=True,
+        )
     show(results, options.threads)
-    config = nn.config.config()
-    machine = {
-        "processor": config["processor"],
-        "threads": options.threads,
-        "numba": config["numba"],
-        "numpy": config["numpy"],
-        "torch": torch.__version__ if torch else "not installed",
-        "Python": platform.python_version(),
-        "date": date.today().isoformat(),
-    }
+    machine = {"processor": nn.config.config()["processor"], "threads": options.threads}
+    for package in ("numba", "numpy", "torch", "onnxruntime", "jax"):
+        try:
+            machine[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            machine[package] = "not installed"
+    machine |= {"Python": platform.python_version(), "date": date.today().isoformat()}
     if options.json:
         options.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+    if options.plot:
+        plot(results, options.plot, options.threads)
     if options.readme:
         write_readme(results, machine)
 

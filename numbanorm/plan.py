@@ -75,6 +75,9 @@ class Plan:
 SHORT_RUN = 32
 """Runs along R1 shorter than this go to the columns kernel: calling a loop for each costs more than merging lanes."""
 
+MANY_RUNS = 128
+"""Runs a group from which merging lanes, once a group, is cheap enough for runs four times as long."""
+
 
 @lru_cache(maxsize=4096)
 def plan(
@@ -115,7 +118,8 @@ def plan(
         separable=separable,
     )
     _, r0, k1, r1 = layout.view
-    columns = r1 < SHORT_RUN and k1 > 1 and (r0 > 1 or r1 == 1)
+    short = SHORT_RUN if r0 < MANY_RUNS else 4 * SHORT_RUN
+    columns = r1 < short and k1 > 1 and (r0 > 1 or r1 == 1)
     reordered = tuple(shape[a] for a in layout.order)
     strides = tuple(prod(reordered[i + 1 :]) for i in range(len(shape)))
     packed = _place(layout, columns, tuple(strides[layout.order.index(a)] for a in range(len(shape))), 1)

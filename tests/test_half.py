@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gradients
+import numba
 import numpy as np
 import pytest
 import reference
@@ -133,6 +134,13 @@ def rounded(values: np.ndarray, half: np.dtype[Any]) -> np.ndarray:
         return values.astype(half)
 
 
+def generated(convert: Any, kind: Any) -> str:
+    """Return LLVM's code of a conversion of one scalar."""
+    compiled = numba.njit(lambda value: convert(value))
+    compiled.compile((kind,))
+    return "".join(compiled.inspect_llvm().values())
+
+
 class TestConversions:
     """All 65,536 patterns in, and float32 values around every rounding boundary out."""
 
@@ -181,8 +189,8 @@ class TestConversions:
     @pytest.mark.skipif(not dtypes.has_f16c(), reason="this CPU does not convert float16 itself")
     def test_the_cpu_converts_float16(self) -> None:
         """Where it can, the CPU's own instructions are used, and they agree with the integer arithmetic."""
-        assert dtypes.float16_to_float32 is dtypes._extend_float16
-        assert dtypes.float32_to_float16 is dtypes._truncate_float16
+        for convert, kind in ((dtypes.float16_to_float32, "uint16"), (dtypes.float32_to_float16, "float32")):
+            assert " half" in generated(convert, getattr(numba, kind))
         values = hard_float32(np.dtype(np.float16))
         fast = elementwise(dtypes.float32_to_float16, np.uint16)(values)
         slow = elementwise(dtypes.float32_to_float16_bits, np.uint16)(values)

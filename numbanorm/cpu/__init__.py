@@ -225,7 +225,7 @@ def _split_statistics(
     if plan.columns:
         table = np.empty((_units(geo), chunks, 3, int(geo[0]["tile"])))
         _run(columns.moments, threads, x, mask, weight, table, geo, centred)
-        _run(columns.merge_chunks, 1, table, stats, geo, eps)
+        _run(columns.merge_chunks, 1, mask, table, stats, geo, eps)
     else:
         table = np.empty((plan.layout.groups, chunks, 3))
         _run(rows.moments, threads, x, mask, table, geo, centred)

@@ -12,8 +12,24 @@ import numpy as np
 from numba import prange
 
 from ..plan import COUNT, M2, MEAN, RSTD
-from .dtypes import counts, deviation, lane, load, pointer, split_deviation, store
+from .dtypes import counts, deviation, lane, load, pointer, store
 from .jit import Kernel, elementwise, scalar
+from .lanes import (
+    all_lanes,
+    choose,
+    fused,
+    load_lanes,
+    load_part,
+    load_some,
+    marked_lanes,
+    no_lanes,
+    settle_streams,
+    store_lanes,
+    store_part,
+    stream_lanes,
+    until_line,
+    width_of,
+)
 from .rows import FLOAT32_SAFE
 from .welford import HUGE, POOR, PREFIX, TINY, merge, rstd_of
 
@@ -22,6 +38,9 @@ TILE = 512
 
 BLOCK_ROWS = 128
 """Rows a block: 32 float32 additions a lane (four rows at a time) between merges."""
+
+TOGETHER = 4
+"""Rows that are taken together, strip by strip, so that what belongs to a lane is loaded once for all of them."""
 
 # Offsets in a tile's scratch arrays. One array with constant offsets, not four arrays: LLVM gives up on a vector loop
 # that needs more than eight checks of pointers against each other.
@@ -32,79 +51,81 @@ _BLOCK, _CHUNK, _TOTAL, _EXACT = 0, 3 * TILE, 6 * TILE, 9 * TILE  # of a block, 
 
 
 @elementwise
-def _block_moments(sums, moments, x, start, stride, rows, width, mask, mask_start, mask_stride, mask_step, centred):
-    """Sweep a block around the tile's shifts into its moments; return how many lanes cannot be trusted.
+def _block_moments(
+    sums, moments, into, x, start, stride, rows, width, mask, mask_start, mask_stride, mask_step, centred
+):
+    """Sweep a block around the tile's shifts, write moments at `into`; return how many lanes cannot be trusted.
 
     The trust is that of `welford.settle`, lane by lane.
     """
-    zero = lane(x, 0.0)
-    one = lane(x, 1.0)
-    for i in range(width):
-        store(sums, _SUM + i, zero)
-        store(sums, _SQUARES + i, zero)
-        store(sums, _SEEN + i, zero)
-    r = 0
+    no = no_lanes(x)
+    one = all_lanes(no, lane(x, 1.0))
+    step = width_of(no)
+    for i in range(0, width, step):
+        store_lanes(no, sums, _SUM + i)
+        store_lanes(no, sums, _SQUARES + i)
+        store_lanes(no, sums, _SEEN + i)
     whole_rows = 0
-    while r < rows:
-        a = start + r * stride
-        if mask is None and r + 4 <= rows:
-            b = a + stride
-            c = b + stride
-            e = c + stride
-            for i in range(width):
-                k = load(sums, _SHIFT + i)
-                da = deviation(x, a + i, k)
-                db = deviation(x, b + i, k)
-                dc = deviation(x, c + i, k)
-                de = deviation(x, e + i, k)
-                store(sums, _SUM + i, load(sums, _SUM + i) + ((da + db) + (dc + de)))
-                squares = load(sums, _SQUARES + i)  # one by one: each product fuses with its sum
-                squares += da * da
-                squares += db * db
-                squares += dc * dc
-                squares += de * de
-                store(sums, _SQUARES + i, squares)
-            whole_rows += 4
-            r += 4
-            continue
-        if mask is not None and mask_step != 0:
-            m = mask_start + r * mask_stride
-            for i in range(width):
-                counted = counts(mask, m + i)
-                d = deviation(x, a + i, load(sums, _SHIFT + i)) if counted else zero
-                store(sums, _SEEN + i, load(sums, _SEEN + i) + (one if counted else zero))
-                store(sums, _SUM + i, load(sums, _SUM + i) + d)
-                store(sums, _SQUARES + i, load(sums, _SQUARES + i) + d * d)
-        elif mask is None or counts(mask, mask_start + r * mask_stride):
-            for i in range(width):
-                d = deviation(x, a + i, load(sums, _SHIFT + i))
-                store(sums, _SUM + i, load(sums, _SUM + i) + d)
-                store(sums, _SQUARES + i, load(sums, _SQUARES + i) + d * d)
-            whole_rows += 1
-        r += 1
+    for r in range(0, rows, TOGETHER):
+        together = min(TOGETHER, rows - r)
+        for i in range(0, width, step):
+            part = width - i
+            k = load_lanes(no, sums, _SHIFT + i)
+            s = load_lanes(no, sums, _SUM + i)
+            q = load_lanes(no, sums, _SQUARES + i)
+            at = start + r * stride + i
+            if mask is None and together == TOGETHER:
+                da = load_some(no, x, at, part) - k
+                db = load_some(no, x, at + stride, part) - k
+                dc = load_some(no, x, at + 2 * stride, part) - k
+                dd = load_some(no, x, at + 3 * stride, part) - k
+                s = s + ((da + db) + (dc + dd))
+                q = fused(dd, dd, fused(dc, dc, fused(db, db, fused(da, da, q))))
+            else:
+                seen = load_lanes(no, sums, _SEEN + i)
+                for t in range(together):
+                    d = load_some(no, x, at + t * stride, part) - k
+                    m = mask_start + (r + t) * mask_stride
+                    if mask is not None and mask_step != 0:
+                        chosen = marked_lanes(no, mask, m + i, part)
+                        d = choose(chosen, d)
+                        seen = seen + choose(chosen, one)
+                    elif mask is not None and not counts(mask, m):
+                        d = no
+                    s = s + d
+                    q = fused(d, d, q)
+                store_lanes(seen, sums, _SEEN + i)
+            store_lanes(s, sums, _SUM + i)
+            store_lanes(q, sums, _SQUARES + i)
+        for t in range(together):
+            if mask is None or (mask_step == 0 and counts(mask, mask_start + (r + t) * mask_stride)):
+                whole_rows += 1
     bad = 0
     for i in range(width):
-        n = np.float64(load(sums, _SEEN + i)) + np.float64(whole_rows)
+        n = np.float64(whole_rows) if mask is None else np.float64(load(sums, _SEEN + i)) + np.float64(whole_rows)
         block_s = np.float64(load(sums, _SUM + i))
         block_q = np.float64(load(sums, _SQUARES + i))
-        offset = block_s / max(n, 1.0) if centred else 0.0
+        offset = (block_s * (1.0 / n) if mask is None else block_s / max(n, 1.0)) if centred else 0.0
         trusted = (block_q > TINY) & (block_q < HUGE) & (block_s * offset <= POOR * block_q)
         good = trusted | (n == 0.0)
         bad += 0 if good else 1
-        store(sums, _SEEN + i, one if good else zero)  # from here on: whether the lane's moments stand
-        store(moments, _BLOCK + _N + i, n)
-        store(moments, _BLOCK + _MEAN + i, np.float64(load(sums, _SHIFT + i)) + offset)
-        store(moments, _BLOCK + _M2 + i, block_q - block_s * offset)
+        store(sums, _SEEN + i, lane(x, 1.0 if good else 0.0))  # from here on: whether the lane's moments stand
+        store(moments, into + _N + i, n)
+        mean = np.float64(load(sums, _SHIFT + i)) + offset
+        store(moments, into + _MEAN + i, mean if mask is None or n > 0.0 else 0.0)
+        store(moments, into + _M2 + i, block_q - block_s * offset)
     return bad
 
 
 @elementwise
-def _exact_moments(sums, moments, x, start, stride, rows, width, mask, mask_start, mask_stride, mask_step, centred):
+def _exact_moments(
+    sums, moments, into, x, start, stride, rows, width, mask, mask_start, mask_stride, mask_step, centred
+):
     """Take the means and M2 of a block's lanes that cannot be trusted again, in float64 and two sweeps.
 
     All lanes are swept, and the others keep what they have: no lane's bits depend on its neighbours.
     """
-    n = moments[_BLOCK + _N : _BLOCK + _N + width]
+    n = moments[into + _N : into + _N + width]
     mean = moments[_EXACT + _MEAN : _EXACT + _MEAN + width]
     m2 = moments[_EXACT + _M2 : _EXACT + _M2 + width]
     pivot = moments[_EXACT + _N : _EXACT + _N + width]
@@ -135,14 +156,30 @@ def _exact_moments(sums, moments, x, start, stride, rows, width, mask, mask_star
                 m2[i] = 0.0
     for i in range(width):
         if sums[_SEEN + i] == 0:
-            moments[_BLOCK + _MEAN + i] = mean[i]
-            moments[_BLOCK + _M2 + i] = m2[i]
+            moments[into + _MEAN + i] = mean[i]
+            moments[into + _M2 + i] = m2[i]
 
 
-@scalar
-def _merge_lanes(moments, into, part, width):
-    """Merge the moments at `part` into those at `into`, lane by lane, by Chan's formula."""
-    for i in range(width):
+@elementwise
+def _merge_lanes(moments, into, part, start, stop, uniform):
+    """Merge the moments at `part` into those at `into`, lane by lane, by Chan's formula.
+
+    `uniform`: all of these lanes have as many elements as the first, none has 0, and one division serves them all.
+    """
+    count = load(moments, into + _N + start) + load(moments, part + _N + start)
+    share = load(moments, part + _N + start) / count if count > 0.0 else 0.0
+    for i in range(start, stop if uniform else start):
+        n = load(moments, into + _N + i)
+        mean = load(moments, into + _MEAN + i)
+        delta = load(moments, part + _MEAN + i) - mean
+        store(
+            moments,
+            into + _M2 + i,
+            load(moments, into + _M2 + i) + load(moments, part + _M2 + i) + delta * delta * n * share,
+        )
+        store(moments, into + _MEAN + i, mean + delta * share)
+        store(moments, into + _N + i, count)
+    for i in range(stop if uniform else start, stop):
         n = load(moments, into + _N + i)
         m = load(moments, part + _N + i)
         mean = load(moments, into + _MEAN + i)
@@ -161,23 +198,38 @@ def _merge_lanes(moments, into, part, width):
 
 
 @scalar
-def _chunk_moments(moments, sums, x, mask, g, k0, first, width, chunk, centred):
+def _merge_chunk(moments, mask, tail, width):
+    """Merge a chunk into the total; the lanes of the tail have an element more."""
+    if 0 < tail < width:
+        _merge_lanes(moments, _TOTAL, _CHUNK, 0, tail, mask is None)
+        _merge_lanes(moments, _TOTAL, _CHUNK, tail, width, mask is None)
+    else:
+        _merge_lanes(moments, _TOTAL, _CHUNK, 0, width, mask is None)
+
+
+@scalar
+def _tail_of(g, first, width, chunk):
+    """Return how many lanes of a tile have one row more: the last chunk takes what does not fill a folded row."""
+    return min(max(g.tail - first, 0), width) if chunk == g.chunks - 1 else 0
+
+
+@scalar
+def _chunk_moments(moments, into, sums, x, mask, g, k0, first, width, chunk, centred):
     """Take the moments of one chunk of rows in the lanes from `first` on."""
     start = g.x_start + k0 * g.x_K0 + first
     mask_start = g.mask_start + k0 * g.mask_K0 + first * g.mask_R1
     r_start = chunk * g.chunk_rows
     r_stop = min(r_start + g.chunk_rows, g.rows)
-    for i in range(_CHUNK, _CHUNK + 3 * TILE):
-        moments[i] = 0.0
     prefix = min(PREFIX, r_stop - r_start) if centred else 0
-    for i in range(width):
-        k = lane(x, 0.0)
+    no = no_lanes(x)
+    share = all_lanes(no, lane(x, 1.0 / max(prefix, 1)))
+    for i in range(0, width, width_of(no)):
+        k = no
         for r in range(prefix):
-            k += load(x, start + (r_start + r) * g.x_R0 + i)
-        sums[_SHIFT + i] = k / lane(x, max(prefix, 1))
+            k = k + load_some(no, x, start + (r_start + r) * g.x_R0 + i, width - i)
+        store_lanes(k * share, sums, _SHIFT + i)
     blocks = -(-(r_stop - r_start) // BLOCK_ROWS)
-    # The last chunk also takes the tail: the leftover rows, fewer than a folded row holds.
-    tail = min(max(g.tail - first, 0), width) if chunk == g.chunks - 1 else 0
+    tail = _tail_of(g, first, width, chunk)
     for b in range(blocks + (1 if tail > 0 else 0)):
         r = r_start + b * BLOCK_ROWS
         rows = min(BLOCK_ROWS, r_stop - r)
@@ -186,14 +238,18 @@ def _chunk_moments(moments, sums, x, mask, g, k0, first, width, chunk, centred):
             r, rows, wide = r_stop, 1, tail
         x_at = start + r * g.x_R0
         mask_at = mask_start + r * g.mask_R0
-        bad = _block_moments(sums, moments, x, x_at, g.x_R0, rows, wide, mask, mask_at, g.mask_R0, g.mask_R1, centred)
+        at = into if b == 0 else _BLOCK
+        bad = _block_moments(
+            sums, moments, at, x, x_at, g.x_R0, rows, wide, mask, mask_at, g.mask_R0, g.mask_R1, centred
+        )
         if bad > 0:
-            _exact_moments(sums, moments, x, x_at, g.x_R0, rows, wide, mask, mask_at, g.mask_R0, g.mask_R1, centred)
-        _merge_lanes(moments, _CHUNK, _BLOCK, wide)
+            _exact_moments(sums, moments, at, x, x_at, g.x_R0, rows, wide, mask, mask_at, g.mask_R0, g.mask_R1, centred)
+        if b > 0:
+            _merge_lanes(moments, into, _BLOCK, 0, wide, mask is None)
         if centred:
             for i in range(wide):
-                if moments[_BLOCK + _N + i] > 0.0:
-                    sums[_SHIFT + i] = lane(x, moments[_BLOCK + _MEAN + i])
+                if mask is None or moments[at + _N + i] > 0.0:
+                    sums[_SHIFT + i] = lane(x, moments[at + _MEAN + i])
 
 
 @scalar
@@ -205,8 +261,9 @@ def _close_groups(moments, g, k0, first, width, stats, eps):
         stats[COUNT, group] = 0.0
         stats[MEAN, group] = 0.0
         stats[M2, group] = 0.0
-    for i in range(width):
-        group = k0 * g.K1 + (first + i) // g.R1 % g.K1
+    group = k0 * g.K1 + first // g.R1 % g.K1
+    left = g.R1
+    for i in range(width):  # tiles start with a group; counted on: a division a lane takes as long as 100 elements
         n, mean, m2 = merge(
             stats[COUNT, group],
             stats[MEAN, group],
@@ -218,6 +275,12 @@ def _close_groups(moments, g, k0, first, width, stats, eps):
         stats[COUNT, group] = n
         stats[MEAN, group] = mean
         stats[M2, group] = m2
+        left -= 1
+        if left == 0:
+            left = g.R1
+            group += 1
+            if group == (k0 + 1) * g.K1:
+                group = k0 * g.K1
     for group in range(a, b):
         stats[RSTD, group] = rstd_of(stats[COUNT, group], stats[M2, group], eps)
 
@@ -226,50 +289,98 @@ def _close_groups(moments, g, k0, first, width, stats, eps):
 def _write_tile(lanes_of, x, y, weight, bias, stats, g, k0, first, width, chunk_start, chunk_stop):
     """Normalize chunks of rows of a tile, in lanes (of the dtype of `lanes_of`); in float64 where float32 overflows."""
     by_row = g.inner % g.lanes == 0
-    params = np.empty(4 * TILE, lanes_of.dtype)
+    params = np.empty(5 * TILE, lanes_of.dtype)  # strips may start anywhere, and read a strip beyond the last
     unsafe = np.empty(TILE, np.int64)
-    exact = np.empty(TILE, np.float64)
+    exact = np.empty(TOGETHER * TILE, np.float64)
+    row_gain = np.ones(TOGETHER, lanes_of.dtype)
+    row_shift = np.zeros(TOGETHER, lanes_of.dtype)
     unsafe_count = 0
+    group = k0 * g.K1 + first // g.R1 % g.K1
+    left = g.R1
+    channel = 0 if by_row else first // g.inner % g.size
+    channel_left = g.inner - first % g.inner
+    mean = stats[MEAN, group]
+    rstd = stats[RSTD, group]
     for i in range(width):
-        group = k0 * g.K1 + (first + i) // g.R1 % g.K1
-        mean = stats[MEAN, group]
-        rstd = stats[RSTD, group]
         if not 1.0 / FLOAT32_SAFE < rstd < FLOAT32_SAFE:
             unsafe[unsafe_count] = i
             unsafe_count += 1
         hi = lane(x, mean)
-        channel = 0 if by_row else (first + i) // g.inner % g.size
         params[_HI + i] = hi
         params[_LO + i] = mean - np.float64(hi)
         params[_SCALE + i] = rstd if by_row else rstd * load(weight, channel)
         params[_BIAS + i] = 0.0 if by_row else load(bias, channel)
-    row_weight = lane(x, 1.0)
-    row_bias = lane(x, 0.0)
+        left -= 1
+        if left == 0:
+            left = g.R1
+            group += 1
+            if group == (k0 + 1) * g.K1:
+                group = k0 * g.K1
+            mean = stats[MEAN, group]
+            rstd = stats[RSTD, group]
+        channel_left -= 1
+        if channel_left == 0 and not by_row:
+            channel_left = g.inner
+            channel = channel + 1 if channel + 1 < g.size else 0
+    no = no_lanes(x)
     r_stop = min(chunk_stop * g.chunk_rows, g.rows)
-    tail = min(max(g.tail - first, 0), width) if chunk_stop == g.chunks else 0
-    for r in range(chunk_start * g.chunk_rows, r_stop + (1 if tail > 0 else 0)):
-        wide = tail if r == r_stop else width
-        if by_row:
-            channel = (k0 * g.rows + r) * g.lanes // g.inner % g.size
-            row_weight = load(weight, channel)
-            row_bias = load(bias, channel)
+    tail = _tail_of(g, first, width, chunk_stop - 1)
+    stop = r_stop + (1 if tail > 0 else 0)
+    for r in range(chunk_start * g.chunk_rows, stop, TOGETHER):
         x_at = g.x_start + k0 * g.x_K0 + r * g.x_R0 + first
         y_at = g.y_start + k0 * g.y_K0 + r * g.y_R0 + first
-        for u in range(unsafe_count):  # before the row is written: x and y may be one array
-            i = unsafe[u]
-            group = k0 * g.K1 + (first + i) // g.R1 % g.K1
-            if i < wide:
-                exact[u] = deviation(x, x_at + i, stats[MEAN, group]) * stats[RSTD, group]
-        for i in range(wide):
-            d = split_deviation(x, x_at + i, load(params, _HI + i), load(params, _LO + i))
-            gain = load(params, _SCALE + i) * row_weight
-            store(y, y_at + i, d * gain + (load(params, _BIAS + i) + row_bias))
-        for u in range(unsafe_count):
-            i = unsafe[u]
-            channel = (first + i) // g.inner % g.size
-            w = row_weight if by_row else load(weight, channel)
-            if i < wide:
-                store(y, y_at + i, exact[u] * w + (params[_BIAS + i] + row_bias))
+        together = min(TOGETHER, stop - r)
+        whole = min(together, r_stop - r)
+        for t in range(together):
+            if by_row:
+                channel = (k0 * g.rows + r + t) * g.lanes // g.inner % g.size
+                row_gain[t] = load(weight, channel)
+                row_shift[t] = load(bias, channel)
+            for u in range(unsafe_count):  # before the row is written: x and y may be one array
+                i = unsafe[u]
+                group = k0 * g.K1 + (first + i) // g.R1 % g.K1
+                if i < (width if t < whole else tail):
+                    exact[t * TILE + u] = deviation(x, x_at + t * g.x_R0 + i, stats[MEAN, group]) * stats[RSTD, group]
+        head = 0
+        if g.stream != 0:
+            head = min(until_line(y, y_at), width)
+        i = 0
+        while i < width:
+            part = min(width_of(no), width - i)
+            if i < head:
+                part = head - i
+            hi = load_lanes(no, params, _HI + i)
+            lo = load_lanes(no, params, _LO + i)
+            scale = load_lanes(no, params, _SCALE + i)
+            shift = load_lanes(no, params, _BIAS + i)
+            for t in range(together):
+                a = x_at + t * g.x_R0 + i
+                b = y_at + t * g.y_R0 + i
+                here = part if t < whole else min(part, tail - i)
+                gain = scale
+                offset = shift
+                if by_row:
+                    gain = scale * all_lanes(no, row_gain[t])
+                    offset = all_lanes(no, row_shift[t])
+                if here == width_of(no):
+                    v = fused((load_lanes(no, x, a) - hi) - lo, gain, offset)
+                    if g.stream != 0 and until_line(y, b) == 0:
+                        stream_lanes(v, y, b)
+                    else:
+                        store_lanes(v, y, b)
+                elif here > 0:
+                    store_part(fused((load_part(no, x, a, here) - hi) - lo, gain, offset), y, b, here)
+            i += part
+        for t in range(together if unsafe_count > 0 else 0):
+            for u in range(unsafe_count):
+                i = unsafe[u]
+                channel = (first + i) // g.inner % g.size
+                w = row_gain[t] if by_row else load(weight, channel)
+                if i < (width if t < whole else tail):
+                    offset_here = row_shift[t] if by_row else load(bias, channel)
+                    store(y, y_at + t * g.y_R0 + i, exact[t * TILE + u] * w + offset_here)
+    if g.stream != 0:
+        settle_streams()
 
 
 @scalar
@@ -281,10 +392,12 @@ def _forward_tile(unit, x, y, mask, weight, bias, stats, geometry, eps, centred)
     first = unit % tiles * g.tile
     width = min(g.tile, g.lanes - first)
     sums = np.empty(4 * TILE, weight.dtype)
-    moments = np.zeros(12 * TILE)
+    moments = np.empty(12 * TILE)
     for chunk in range(g.chunks):
-        _chunk_moments(moments, sums, pointer(x), pointer(mask), g, k0, first, width, chunk, centred)
-        _merge_lanes(moments, _TOTAL, _CHUNK, width)
+        into = _TOTAL if chunk == 0 else _CHUNK
+        _chunk_moments(moments, into, sums, pointer(x), pointer(mask), g, k0, first, width, chunk, centred)
+        if chunk > 0:
+            _merge_chunk(moments, pointer(mask), _tail_of(g, first, width, chunk), width)
     _close_groups(moments, g, k0, first, width, stats, eps)
     p_weight, p_bias = pointer(weight), pointer(bias)
     _write_tile(weight, pointer(x), pointer(y), p_weight, p_bias, stats, g, k0, first, width, 0, g.chunks)
@@ -308,7 +421,7 @@ def _store_chunk(unit, x, mask, weight, table, geometry, centred):
     width = min(g.tile, g.lanes - first)
     sums = np.empty(4 * TILE, weight.dtype)
     scratch = np.empty(12 * TILE)
-    _chunk_moments(scratch, sums, pointer(x), pointer(mask), g, tile // tiles, first, width, chunk, centred)
+    _chunk_moments(scratch, _CHUNK, sums, pointer(x), pointer(mask), g, tile // tiles, first, width, chunk, centred)
     for row in range(3):
         for i in range(width):
             table[tile, chunk, row, i] = scratch[_CHUNK + row * TILE + i]
@@ -322,25 +435,27 @@ def moments(x, mask, weight, table, geometry, centred):
 
 
 @scalar
-def _merge_tile(tile, table, stats, geometry, eps):
+def _merge_tile(tile, mask, table, stats, geometry, eps):
     g = geometry[0]
     tiles = -(-g.lanes // g.tile)
     first = tile % tiles * g.tile
     width = min(g.tile, g.lanes - first)
-    scratch = np.zeros(12 * TILE)
+    scratch = np.empty(12 * TILE)
     for chunk in range(g.chunks):
+        into = _TOTAL if chunk == 0 else _CHUNK
         for row in range(3):
             for i in range(width):
-                scratch[_CHUNK + row * TILE + i] = table[tile, chunk, row, i]
-        _merge_lanes(scratch, _TOTAL, _CHUNK, width)
+                scratch[into + row * TILE + i] = table[tile, chunk, row, i]
+        if chunk > 0:
+            _merge_chunk(scratch, mask, _tail_of(g, first, width, chunk), width)
     _close_groups(scratch, g, tile // tiles, first, width, stats, eps)
 
 
 @Kernel
-def merge_chunks(table, stats, geometry, eps):
+def merge_chunks(mask, table, stats, geometry, eps):
     """Merge the chunks of every tile in order, then its lanes, into `stats`, shape (4, groups)."""
     for tile in prange(table.shape[0]):
-        _merge_tile(np.int64(tile), table, stats, geometry, eps)
+        _merge_tile(np.int64(tile), mask, table, stats, geometry, eps)
 
 
 @scalar

@@ -7,14 +7,13 @@ alone tells the kernel how to convert, and a conversion stays in a register.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding
 import numpy as np
 from llvmlite import ir
 from numba import config, types
-from numba.extending import intrinsic, overload, register_jitable
+from numba.extending import intrinsic, overload
 
 from ..dtypes import NARROW, format_of
 from .jit import OPTIONS
@@ -172,23 +171,6 @@ def _lane(array, value):
     return lambda array, value: np.float64(value)
 
 
-def _reinterpret(source: Any, target: Any, llvm_target: ir.Type) -> Any:
-    """Make an intrinsic that reads the bits of a `source` scalar as a `target` scalar."""
-
-    @intrinsic
-    def reinterpret(typing_context, bits):
-        def generate(context, builder, signature, arguments):
-            return builder.bitcast(arguments[0], llvm_target)
-
-        return target(source), generate
-
-    return reinterpret
-
-
-bits_to_float32 = _reinterpret(types.uint32, types.float32, ir.FloatType())
-float32_to_bits = _reinterpret(types.float32, types.uint32, ir.IntType(32))
-
-
 def extend_half(builder, bits, name, in_hardware):
     """Generate the conversion of half precision, as uint16, to float32: of a scalar or of a vector."""
     width = getattr(bits.type, "count", None)
@@ -215,7 +197,48 @@ def extend_half(builder, bits, name, in_hardware):
     return builder.bitcast(builder.or_(result, sign), kind(real))
 
 
-def _extension(name, in_hardware):
+def truncate_half(builder, value, name, in_hardware):
+    """Generate the rounding of float32, a scalar or a vector, to half precision: to nearest even, NaN kept."""
+    width = getattr(value.type, "count", None)
+
+    def kind(scalar):
+        return scalar if width is None else ir.VectorType(scalar, width)
+
+    def constant(number):
+        return ir.Constant(kind(ir.IntType(32)), number if width is None else [number] * width)
+
+    integer, real = kind(ir.IntType(32)), kind(ir.FloatType())
+    short = kind(ir.IntType(16))
+    if name == "float16" and in_hardware:
+        return builder.bitcast(builder.fptrunc(value, kind(ir.HalfType())), short)
+    bits = builder.bitcast(value, integer)
+    magnitude = builder.and_(bits, constant(0x7FFFFFFF))
+    is_nan = builder.icmp_unsigned(">", magnitude, constant(0x7F800000))
+
+    def rounded(value, dropped, offset):
+        """Drop low bits, to nearest even, after subtracting an offset."""
+        odd = builder.and_(builder.lshr(value, constant(dropped)), constant(1))
+        carry = builder.add(odd, constant(((1 << (dropped - 1)) - 1 - offset) & 0xFFFFFFFF))
+        return builder.lshr(builder.add(value, carry), constant(dropped))
+
+    if name == "bfloat16":  # LLVM's own truncation to bfloat crashed
+        quiet = builder.or_(builder.lshr(bits, constant(16)), constant(0x40))
+        return builder.trunc(builder.select(is_nan, quiet, rounded(bits, 16, 0)), short)
+    half = rounded(magnitude, 13, 112 << 23)  # the exponent bias differs by 112
+    # Below 2**-14: float16's subnormals, spaced as float32 is at 0.5.
+    at_half = builder.fadd(builder.bitcast(magnitude, real), builder.bitcast(constant(0x3F000000), real))
+    tiny = builder.sub(builder.bitcast(at_half, integer), constant(0x3F000000))
+    half = builder.select(builder.icmp_unsigned("<", magnitude, constant(0x38800000)), tiny, half)
+    half = builder.select(builder.icmp_unsigned(">=", magnitude, constant(0x47800000)), constant(0x7C00), half)
+    payload = builder.and_(builder.lshr(magnitude, constant(13)), constant(0x3FF))
+    half = builder.select(is_nan, builder.or_(payload, constant(0x7E00)), half)
+    sign = builder.and_(builder.lshr(bits, constant(16)), constant(0x8000))
+    return builder.trunc(builder.or_(half, sign), short)
+
+
+def _conversions(name, in_hardware):
+    """Make the conversions of a half format from and to float32, of scalars."""
+
     @intrinsic
     def extend(typing_context, bits):
         def generate(context, builder, signature, arguments):
@@ -223,47 +246,14 @@ def _extension(name, in_hardware):
 
         return types.float32(types.uint16), generate
 
-    return extend
+    @intrinsic
+    def truncate(typing_context, value):
+        def generate(context, builder, signature, arguments):
+            return truncate_half(builder, arguments[0], name, in_hardware)
 
+        return types.uint16(types.float32), generate
 
-_extend_float16 = _extension("float16", in_hardware=True)
-float16_bits_to_float32 = _extension("float16", in_hardware=False)
-bfloat16_to_float32 = _extension("bfloat16", in_hardware=False)
-
-
-@intrinsic
-def _truncate_float16(typing_context, value):
-    def generate(context, builder, signature, arguments):
-        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
-
-    return types.uint16(types.float32), generate
-
-
-@register_jitable
-def float32_to_float16_bits(value):
-    """Round to float16 bits, nearest even, by integer arithmetic; NaN stays NaN, beyond 65520 becomes Inf."""
-    bits = float32_to_bits(value)
-    magnitude = bits & np.uint32(0x7FFFFFFF)
-    odd = (magnitude >> np.uint32(13)) & np.uint32(1)
-    half = (magnitude - np.uint32(112 << 23) + np.uint32(0xFFF) + odd) >> np.uint32(13)
-    if magnitude < np.uint32(0x38800000):  # below 2**-14: float16's subnormals, spaced as float32 is at 0.5
-        half = float32_to_bits(bits_to_float32(magnitude) + np.float32(0.5)) - np.uint32(0x3F000000)
-    if magnitude >= np.uint32(0x47800000):  # 65536 and beyond
-        half = np.uint32(0x7C00)
-    if magnitude > np.uint32(0x7F800000):
-        half = np.uint32(0x7E00) | ((magnitude >> np.uint32(13)) & np.uint32(0x3FF))
-    return np.uint16(half | ((bits >> np.uint32(16)) & np.uint32(0x8000)))
-
-
-@register_jitable
-def float32_to_bfloat16(value):
-    """Round to bfloat16 bits, nearest even; NaN stays NaN (LLVM's own truncation to bfloat crashed)."""
-    bits = float32_to_bits(value)
-    odd = (bits >> np.uint32(16)) & np.uint32(1)
-    half = (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
-    if (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):
-        half = (bits >> np.uint32(16)) | np.uint32(0x40)
-    return np.uint16(half)
+    return extend, truncate
 
 
 def has_f16c() -> bool:
@@ -273,9 +263,6 @@ def has_f16c() -> bool:
     return bool(llvmlite.binding.get_host_cpu_features().get("f16c", False))
 
 
-if has_f16c():
-    float16_to_float32: Any = _extend_float16
-    float32_to_float16: Callable[..., Any] = _truncate_float16
-else:
-    float16_to_float32 = float16_bits_to_float32
-    float32_to_float16 = float32_to_float16_bits
+float16_bits_to_float32, float32_to_float16_bits = _conversions("float16", in_hardware=False)
+float16_to_float32, float32_to_float16 = _conversions("float16", in_hardware=has_f16c())
+bfloat16_to_float32, float32_to_bfloat16 = _conversions("bfloat16", in_hardware=False)

@@ -19,7 +19,11 @@ from numba.core.typing.templates import AbstractTemplate, infer_global
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
 from ..dtypes import NARROW
-from .dtypes import element_format, element_pointer, extend_half, has_f16c
+from .dtypes import element_format, element_pointer, extend_half, has_f16c, truncate_half
+from .jit import scalar
+
+LINE = 64
+"""Bytes of a cache line."""
 
 WIDTHS = {types.float32: 32, types.float64: 16}
 """Lanes by lane type: two 512-bit or four 256-bit registers of float32; more would spill where there are 16 of them."""
@@ -113,6 +117,17 @@ def _convert(builder, raw, name, lanes):
     return builder.uitofp(raw, target)
 
 
+def _unconvert(builder, vector, name, lanes):
+    """Turn lanes into elements as they are stored, rounded to nearest even."""
+    if name in ("float16", "bfloat16"):
+        return truncate_half(builder, vector, name, has_f16c())
+    if name == "float32" and lanes.element == types.float64:
+        return builder.fptrunc(vector, ir.VectorType(ir.FloatType(), lanes.width))
+    if name == "float64" and lanes.element == types.float32:
+        return builder.fpext(vector, ir.VectorType(ir.DoubleType(), lanes.width))
+    return vector
+
+
 @intrinsic
 def no_lanes(typing_context, array):
     """Return lanes of zeros, of the type in which elements of `array` are summed."""
@@ -176,6 +191,98 @@ def load_part(typing_context, like, array, index, count):
         return _convert(builder, raw, element_format(array.dtype), like)
 
     return like(like, array, types.intp, types.intp), generate
+
+
+@intrinsic
+def store_lanes(typing_context, lanes, array, index):
+    """Write the lanes as the elements from `index` on."""
+
+    def generate(context, builder, signature, arguments):
+        raw = _unconvert(builder, arguments[0], element_format(array.dtype), lanes)
+        pointer = element_pointer(context, builder, array, *arguments[1:])
+        size = context.get_abi_sizeof(pointer.type.pointee)
+        builder.store(raw, builder.bitcast(pointer, raw.type.as_pointer()), align=size)
+        return context.get_dummy_value()
+
+    return types.none(lanes, array, types.intp), generate
+
+
+@intrinsic
+def stream_lanes(typing_context, lanes, array, index):
+    """Write the lanes past the caches; the address must be a multiple of LINE bytes, a fault follows otherwise."""
+
+    def generate(context, builder, signature, arguments):
+        raw = _unconvert(builder, arguments[0], element_format(array.dtype), lanes)
+        pointer = element_pointer(context, builder, array, *arguments[1:])
+        store = builder.store(raw, builder.bitcast(pointer, raw.type.as_pointer()), align=LINE)
+        store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_I32, 1)]))
+        return context.get_dummy_value()
+
+    return types.none(lanes, array, types.intp), generate
+
+
+@intrinsic
+def settle_streams(typing_context):
+    """Let no later store overtake the streams: threads that wait for this one see what was streamed."""
+
+    def generate(context, builder, signature, arguments):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.none(), generate
+
+
+@intrinsic
+def store_part(typing_context, lanes, array, index, count):
+    """Write the first `count` lanes as elements, fewer than there are lanes."""
+
+    def generate(context, builder, signature, arguments):
+        raw = _unconvert(builder, arguments[0], element_format(array.dtype), lanes)
+        pointer = element_pointer(context, builder, array, *arguments[1:3])
+        stored = pointer.type.pointee
+        size = context.get_abi_sizeof(stored)
+        pointer = builder.bitcast(pointer, raw.type.as_pointer())
+        name = f"llvm.masked.store.v{lanes.width}{'i' if isinstance(stored, ir.IntType) else 'f'}{8 * size}.p0"
+        chosen = _first(builder, arguments[3], lanes.width)
+        kind = ir.FunctionType(ir.VoidType(), [raw.type, pointer.type, _I32, chosen.type])
+        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+        builder.call(function, [raw, pointer, ir.Constant(_I32, size), chosen])
+        return context.get_dummy_value()
+
+    return types.none(lanes, array, types.intp, types.intp), generate
+
+
+@intrinsic
+def until_line(typing_context, array, index):
+    """Return how many elements lie between `index` and the next start of a cache line."""
+
+    def generate(context, builder, signature, arguments):
+        pointer = element_pointer(context, builder, array, *arguments)
+        size = context.get_abi_sizeof(pointer.type.pointee)
+        kind = ir.IntType(64)
+        bytes_left = builder.and_(builder.neg(builder.ptrtoint(pointer, kind)), ir.Constant(kind, LINE - 1))
+        return builder.udiv(bytes_left, ir.Constant(kind, size))
+
+    return types.intp(array, types.intp), generate
+
+
+@intrinsic
+def prefetch(typing_context, like, array, index):
+    """Ask for the lines of the lanes from `index` on; where there is no memory nothing happens."""
+
+    def generate(context, builder, signature, arguments):
+        pointer = element_pointer(context, builder, array, *arguments[1:])
+        size = context.get_abi_sizeof(pointer.type.pointee)
+        byte = builder.bitcast(pointer, ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [byte.type, _I32, _I32, _I32])
+        name = "llvm.prefetch.p0"
+        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+        for offset in range(0, like.width * size, LINE):
+            at = builder.gep(byte, [ir.Constant(ir.IntType(64), offset)])
+            builder.call(function, [at, *(ir.Constant(_I32, n) for n in (0, 2, 1))])
+        return context.get_dummy_value()
+
+    return types.none(like, array, types.intp), generate
 
 
 @intrinsic
@@ -253,3 +360,20 @@ def sum_of_lanes(typing_context, lanes):
         return scalar if lanes.element == types.float64 else builder.fpext(scalar, ir.DoubleType())
 
     return types.float64(lanes), generate
+
+
+@scalar
+def load_some(like, array, index, count):
+    """Read `count` elements, or as many as there are lanes."""
+    if count >= width_of(like):
+        return load_lanes(like, array, index)
+    return load_part(like, array, index, count)
+
+
+@scalar
+def store_some(lanes, array, index, count):
+    """Write the first `count` lanes, or all."""
+    if count >= width_of(lanes):
+        store_lanes(lanes, array, index)
+    else:
+        store_part(lanes, array, index, count)

@@ -7,6 +7,7 @@ on how many groups came along.
 from __future__ import annotations
 
 from functools import lru_cache
+from math import lcm
 
 import numpy as np
 
@@ -23,6 +24,18 @@ FOLD_LANES = 192
 TILE_BYTES = 512 * 1024
 """Rows times lanes of a tile that shall still be in L2 when its output is written."""
 
+STREAM_FROM = 1 << 21
+"""Elements from which the output goes past the caches: 8 MiB of float32."""
+
+AHEAD_FROM = 1 << 18
+"""Elements from which the next group is prefetched: fewer lie in the L2 cache already."""
+
+AHEAD_GROUP = 1 << 17
+"""Elements of a group up to which it is: a larger one does not stay in the L2 cache beside its predecessor."""
+
+STRIP = 32
+"""Lanes that a vector holds: tiles are cut between them."""
+
 MAX_CHUNKS = 64
 """Chunks a tile of the columns kernel: enough for 64 threads."""
 
@@ -32,7 +45,7 @@ TABLE_BYTES = 1 << 20
 _FIELDS = """
     K0 R0 K1 R1 inner size
     x_start x_K0 x_R0 x_K1 y_start y_K0 y_R0 y_K1 mask_start mask_K0 mask_R0 mask_K1 mask_R1
-    rows lanes tail tile chunk_rows chunk_runs chunk_width across chunks block_runs piece_runs
+    unit_groups ahead stream rows lanes tail tile chunk_rows chunk_runs chunk_width across chunks block_runs piece_runs
 """
 
 GEOMETRY = np.dtype([(name, np.int64) for name in _FIELDS.split()], align=True)
@@ -59,12 +72,13 @@ def geometry(plan: Plan, affine: bool) -> np.ndarray:
         mask = plan.mask or plan.packed
         _write(g, "mask", mask)
         g["mask_R1"] = mask.strides[3]
+        g["stream"] = plan.size >= STREAM_FROM
         if plan.columns:
             # Folded rows keep their weights only where weights lie along the lanes.
             folds = layout.inner * layout.size <= layout.view[2] * layout.view[3]
             _columns(g, folds and (plan.mask is None or mask.strides == plan.packed.strides))
         else:
-            _rows(g)
+            _rows(g, plan.size)
     return both
 
 
@@ -74,7 +88,7 @@ def _write(g: np.void, prefix: str, placement: Placement) -> None:
         g[f"{prefix}_{name}"] = stride
 
 
-def _rows(g: np.void) -> None:
+def _rows(g: np.void, size: int) -> None:
     """Cut groups into chunks of about CHUNK elements: parts of a run, or whole runs."""
     r0, r1 = int(g["R0"]), int(g["R1"])
     runs = max(1, CHUNK // max(r1, 1))
@@ -84,6 +98,9 @@ def _rows(g: np.void) -> None:
     g["chunks"] = -(-r0 // g["chunk_runs"]) * g["across"]
     g["block_runs"] = max(1, BLOCK // r1)
     g["piece_runs"] = runs
+    g["unit_groups"] = max(1, CHUNK // (r0 * r1))
+    if size >= AHEAD_FROM and r0 * r1 <= AHEAD_GROUP:
+        g["ahead"] = g["x_K1"] if g["K1"] > 1 else g["x_K0"]
 
 
 def _columns(g: np.void, folds: bool) -> None:
@@ -99,7 +116,9 @@ def _columns(g: np.void, folds: bool) -> None:
     fitting = TILE_BYTES // (4 * rows)
     widest = TILE if fitting < 128 or lanes > k1 * r1 else min(fitting, TILE)
     tiles = -(-lanes // (widest // r1 * r1))  # 1 where lanes were folded: all copies of a group merge in one tile
-    g["tile"] = -(-lanes // (tiles * r1)) * r1
+    step = lcm(r1, STRIP)  # whole groups and, if it may be, whole strips, so that strips of all tiles are aligned alike
+    step = step if tiles > 1 and step <= widest else r1
+    g["tile"] = min(-(-lanes // (tiles * step)) * step, widest // step * step if tiles > 1 else lanes)
     chunks = max(1, min(MAX_CHUNKS, rows // BLOCK_ROWS, TABLE_BYTES // (24 * lanes)))
     blocks = -(-rows // BLOCK_ROWS)
     g["chunk_rows"] = -(-blocks // chunks) * BLOCK_ROWS

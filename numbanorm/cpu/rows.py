@@ -10,8 +10,8 @@ import numpy as np
 from numba import prange
 
 from ..plan import COUNT, M2, MEAN, RSTD
-from .dtypes import counts, deviation, lane, load, pointer, split_deviation, store
-from .jit import Kernel, elementwise, scalar
+from .dtypes import counts, deviation, lane, load, pointer, store
+from .jit import Kernel, scalar
 from .lanes import (
     all_lanes,
     choose,
@@ -20,16 +20,31 @@ from .lanes import (
     fused,
     load_lanes,
     load_part,
+    load_some,
     marked_lanes,
     no_exact_lanes,
     no_lanes,
+    prefetch,
+    settle_streams,
+    store_lanes,
+    store_part,
+    store_some,
+    stream_lanes,
     sum_of_lanes,
+    until_line,
     width_of,
 )
 from .welford import BLOCK, PREFIX, merge, rstd_of, settle
 
 FLOAT32_SAFE = 1e30
 """Groups whose rstd is outside 1/FLOAT32_SAFE to FLOAT32_SAFE are written in float64: float32 would overflow."""
+
+
+LONG_RUN = 1024
+"""Elements from which a run is streamed although it starts inside a cache line, whose part then goes the usual way."""
+
+CLOSE = 0.0625
+"""The shift stays while ``s**2/n`` is below this share of ``q``: the next block need not wait for this one's mean."""
 
 
 @scalar
@@ -129,11 +144,12 @@ def _chunk_moments(x, mask, g, k0, k1, chunk, centred):
                     )
                 count, mean, m2 = merge(count, mean, m2, n, block_mean, block_m2)
                 # The last block's mean, not the mean so far: an outlier then spoils one shift, not all that follow.
-                k = lane(x, block_mean)
+                if not n * (block_mean - np.float64(k)) ** 2 <= CLOSE * block_m2:
+                    k = lane(x, block_mean)
     return count, mean, m2
 
 
-@elementwise
+@scalar
 def _normalize(x, y, weight, bias, g, k0, r0, k1, j, width, mean, rstd):
     """Write `width` elements of one run, with the mean in two lanes, stretch by stretch of the affine map."""
     x_start = g.x_start + k0 * g.x_K0 + r0 * g.x_R0 + k1 * g.x_K1 + j
@@ -144,26 +160,57 @@ def _normalize(x, y, weight, bias, g, k0, r0, k1, j, width, mean, rstd):
             channel = (flat + i) // g.inner % g.size
             store(y, y_start + i, deviation(x, x_start + i, mean) * rstd * load(weight, channel) + load(bias, channel))
         return
-    hi = lane(x, mean)
-    lo = lane(x, mean - np.float64(hi))
+    no = no_lanes(x)
+    hi = all_lanes(no, lane(x, mean))
+    lo = all_lanes(no, lane(x, mean - np.float64(lane(x, mean))))
     scale = lane(x, rstd)
+    along = g.inner == 1
+    gain = all_lanes(no, scale)
+    shift = no
     done = 0
     while done < width:
         a = x_start + done
         b = y_start + done
-        if g.inner == 1:
+        if along:
             channel = (flat + done) % g.size
             n = min(width - done, g.size - channel)
-            for i in range(n):
-                d = split_deviation(x, a + i, hi, lo)
-                store(y, b + i, d * scale * load(weight, channel + i) + load(bias, channel + i))
         else:
-            channel = (flat + done) // g.inner
-            n = min(width - done, (channel + 1) * g.inner - (flat + done))
-            weighted = scale * load(weight, channel % g.size)
-            shift = load(bias, channel % g.size)
-            for i in range(n):
-                store(y, b + i, split_deviation(x, a + i, hi, lo) * weighted + shift)
+            channel = (flat + done) // g.inner % g.size
+            n = min(width - done, g.inner - (flat + done) % g.inner)
+            gain = all_lanes(no, scale * load(weight, channel))
+            shift = all_lanes(no, load(bias, channel))
+        head = 0
+        stream = g.stream != 0
+        if stream:
+            head = until_line(y, b)
+            stream = head == 0 or n >= LONG_RUN
+            head = min(head, n) if stream else 0
+        i = 0
+        while i < n:
+            part = min(width_of(no), n - i)
+            if i < head:
+                part = head - i
+            if part == width_of(no):
+                if g.ahead != 0:
+                    prefetch(no, x, a + i + g.ahead)
+                d = (load_lanes(no, x, a + i) - hi) - lo
+                if along:
+                    v = fused(d * gain, load_lanes(no, weight, channel + i), load_lanes(no, bias, channel + i))
+                else:
+                    v = fused(d, gain, shift)
+                if stream:
+                    stream_lanes(v, y, b + i)
+                else:
+                    store_lanes(v, y, b + i)
+            else:
+                d = (load_part(no, x, a + i, part) - hi) - lo
+                if along:
+                    w = load_part(no, weight, channel + i, part)
+                    v = fused(d * gain, w, load_part(no, bias, channel + i, part))
+                else:
+                    v = fused(d, gain, shift)
+                store_part(v, y, b + i, part)
+            i += part
         done += n
 
 
@@ -172,8 +219,10 @@ def _add_run(x, residual, total, g, k0, r0, k1):
     """Write one run of x + residual, rounded to the dtype of `total`, which is packed."""
     start = g.x_start + k0 * g.x_K0 + r0 * g.x_R0 + k1 * g.x_K1
     flat = ((k0 * g.R0 + r0) * g.K1 + k1) * g.R1
-    for i in range(g.R1):
-        store(total, flat + i, load(x, start + i) + load(residual, start + i))
+    no = no_lanes(x)
+    for i in range(0, g.R1, width_of(no)):
+        part = g.R1 - i
+        store_some(load_some(no, x, start + i, part) + load_some(no, residual, start + i, part), total, flat + i, part)
 
 
 @scalar
@@ -208,22 +257,27 @@ def _forward_group(group, x, residual, total, y, mask, weight, bias, stats, g, g
 
 
 @scalar
-def _forward_unit(group, x, residual, total, y, mask, weight, bias, stats, geometry, eps, centred):
-    _forward_group(
-        group,
-        pointer(x),
-        pointer(residual),
-        pointer(total),
-        pointer(y),
-        pointer(mask),
-        pointer(weight),
-        pointer(bias),
-        pointer(stats),
-        geometry[0],
-        geometry[1],
-        eps,
-        centred,
-    )
+def _forward_unit(unit, x, residual, total, y, mask, weight, bias, stats, geometry, eps, centred):
+    g = geometry[0]
+    first = unit * g.unit_groups
+    for group in range(first, min(first + g.unit_groups, g.K0 * g.K1)):
+        _forward_group(
+            group,
+            pointer(x),
+            pointer(residual),
+            pointer(total),
+            pointer(y),
+            pointer(mask),
+            pointer(weight),
+            pointer(bias),
+            pointer(stats),
+            g,
+            geometry[1],
+            eps,
+            centred,
+        )
+    if g.stream != 0:
+        settle_streams()
 
 
 @Kernel
@@ -233,8 +287,8 @@ def forward(x, residual, total, y, mask, weight, bias, stats, geometry, eps, cen
     With `residual`, x + residual is formed first, kept in `total` (contiguous) and normalized in place of `x`;
     ``geometry[1]`` then tells how to read `total`.
     """
-    for group in prange(stats.shape[1]):
-        _forward_unit(np.int64(group), x, residual, total, y, mask, weight, bias, stats, geometry, eps, centred)
+    for unit in prange(-(-stats.shape[1] // geometry[0].unit_groups)):
+        _forward_unit(np.int64(unit), x, residual, total, y, mask, weight, bias, stats, geometry, eps, centred)
 
 
 @scalar
@@ -274,14 +328,23 @@ def _apply_piece(piece, x, y, weight, bias, stats, g):
     j = piece % g.across * g.chunk_width
     width = min(g.chunk_width, g.R1 - j)
     groups = g.K0 * g.K1
-    for run in range(first, min(first + g.piece_runs, g.K0 * g.R0 * g.K1)):
-        k1 = run % g.K1
-        k0 = run // (g.K1 * g.R0)
-        r0 = run // g.K1 % g.R0
+    k1 = first % g.K1
+    r0 = first // g.K1 % g.R0
+    k0 = first // (g.K1 * g.R0)
+    for _ in range(min(g.piece_runs, g.K0 * g.R0 * g.K1 - first)):
         group = k0 * g.K1 + k1
         mean = load(stats, MEAN * groups + group)
         rstd = load(stats, RSTD * groups + group)
         _normalize(x, y, weight, bias, g, k0, r0, k1, j, width, mean, rstd)
+        k1 += 1  # counted on: three divisions a run take as long as 30 elements
+        if k1 == g.K1:
+            k1 = 0
+            r0 += 1
+            if r0 == g.R0:
+                r0 = 0
+                k0 += 1
+    if g.stream != 0:
+        settle_streams()
 
 
 @scalar
