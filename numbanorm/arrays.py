@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .backends import on_cuda
 from .dtypes import Format, format_of, is_float
 from .plan import Placement, Plan
 
@@ -30,8 +31,8 @@ def as_array(value: Any, name: str) -> np.ndarray:
         raise TypeError(f"{name}: expected an array, got a masked array; pass its data, and ~{name}.mask as mask=")
     if isinstance(value, np.ndarray):
         return value.view(np.ndarray)
-    if hasattr(value, "__cuda_array_interface__"):
-        raise TypeError(f"{name}: expected an array in host memory, got a CUDA array; this version has no CUDA backend")
+    if on_cuda(value):
+        raise TypeError(f"{name}: expected an array in host memory, got a CUDA array")
     if hasattr(value, "__dask_graph__"):
         raise TypeError(
             f"{name}: expected an array in memory, got a lazy {type(value).__name__}; call .compute() first"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
 from . import arrays
+from .backends import cuda_module, cuda_problem, on_cuda, uses_cuda
 from .checks import check_eps, check_momentum, integer, lengths, normalized_axes, positive
 from .dtypes import is_float
 from .functional import (
@@ -72,6 +74,8 @@ class Norm(metaclass=_Dispatch):
         Training calls that have updated them.
     grad : dict of str to ndarray
         Gradients of weight and bias, as the last `backward` left them.
+    device : str
+        Where parameters and running statistics lie: ``"cpu"`` or ``"cuda:0"``; set by `to`.
     training : bool
         The mode, set by `train` and `eval`. Only norms that track running statistics behave differently.
 
@@ -87,10 +91,10 @@ class Norm(metaclass=_Dispatch):
     bias: np.ndarray | None
     running_mean: np.ndarray | None
     running_var: np.ndarray | None
-    num_batches_tracked: int | None
 
     def __init__(self, shape: tuple[int, ...], eps: float | None, affine: bool, bias: bool) -> None:
         self._shape = shape
+        self.device = "cpu"
         self.eps: Any = None if eps is None and self.kind == "rms" else check_eps(eps)
         self.weight = np.ones(shape, np.float32) if affine else None
         self.bias = np.zeros(shape, np.float32) if affine and bias else None
@@ -125,6 +129,8 @@ class Norm(metaclass=_Dispatch):
         """
         if residual is not None and not self._takes_residual:
             raise TypeError(f"residual: expected None, {type(self).__name__} takes none")
+        if type(x) is not np.ndarray and uses_cuda(x):
+            return cuda_module("layers").forward(self, x, mask, residual, out)
         if not self.training:
             return self._run(x, mask, residual, out, False)
         y, *rest = self._run(x, mask, residual, out, True)
@@ -175,9 +181,13 @@ class Norm(metaclass=_Dispatch):
         if last.overwritten:
             raise ValueError("backward: expected the input of the last training call, but out= has overwritten it")
         added = None
+        if dtotal is not None and not last.summed:
+            raise ValueError("dtotal: expected None, the last call in training mode had no residual")
+        if on_cuda(last.x):
+            dx, *gradients = cuda_module("layers").backward(self, last, dy, dtotal)
+            self._keep(gradients)
+            return dx
         if dtotal is not None:
-            if not last.summed:
-                raise ValueError("dtotal: expected None, the last call in training mode had no residual")
             added, form = arrays.as_input(dtotal, "dtotal")
             shape = arrays.as_array(last.x, "x").shape
             if added.shape != shape:
@@ -188,12 +198,28 @@ class Norm(metaclass=_Dispatch):
         if added is not None:
             plain = arrays.as_array(dx, "dx")
             np.add(plain, added, out=plain, casting="same_kind")
+        self._keep(gradients)
+        return dx
+
+    def _keep(self, gradients: list[Any]) -> None:
         self.grad = {
             name: gradient
             for name, gradient in zip(("weight", "bias"), gradients, strict=False)
             if getattr(self, name) is not None
         }
-        return dx
+
+    @property
+    def num_batches_tracked(self) -> int | None:
+        """Training calls that have updated the running statistics; None where there are none.
+
+        On a CUDA device it is counted there, and asking for it waits for the device.
+        """
+        batches = self._batches
+        return batches if batches is None or isinstance(batches, int) else batches.read()
+
+    @num_batches_tracked.setter
+    def num_batches_tracked(self, batches: int | None) -> None:
+        self._batches: Any = batches
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
         """Return which elements of an array of `shape` share statistics and weights.
@@ -237,20 +263,34 @@ class Norm(metaclass=_Dispatch):
         Parameters
         ----------
         device : str
-            ``"cpu"``.
+            ``"cpu"``: NumPy arrays. ``"cuda"`` or ``"cuda:1"``: numba's device arrays, which need no library beside
+            ``numbanorm[cuda]`` and serve inputs of any other. Arrays of torch or CuPy may be assigned instead, and stay
+            where they are if that is the device.
 
         Raises
         ------
         ValueError
-            For any other device: this version has no CUDA backend.
+            If there is no such device.
         """
         if device != "cpu":
-            raise ValueError(f"device: expected 'cpu' (this version has no CUDA backend), got {device!r}")
+            found = re.fullmatch(r"cuda(?::(\d+))?", device) if isinstance(device, str) else None
+            if found is None:
+                raise ValueError(f"device: expected 'cpu', 'cuda' or 'cuda:0' and so on, got {device!r}")
+            if cuda_problem() is not None:
+                raise ValueError(f"device: expected 'cpu', got {device!r}: {cuda_problem()}")
+            device = cuda_module("layers").device_name(found[1])
+        moved = {name: _placed(getattr(self, name), device) for name in _ARRAYS}
+        batches = self.num_batches_tracked
+        for name, array in moved.items():
+            setattr(self, name, array)
+        self.num_batches_tracked = batches
+        self.device = device
         return self
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """Return copies of parameters and running statistics, under torch's names and in torch's shapes."""
-        return {name: np.array(getattr(self, name)) for name in _STATE if getattr(self, name) is not None}
+        """Return copies of parameters and running statistics in host memory, under torch's names, in torch's shapes."""
+        state = {name: getattr(self, name) for name in _STATE}
+        return {name: np.array(_placed(value, "cpu")) for name, value in state.items() if value is not None}
 
     def load_state_dict(self, mapping: Mapping[str, Any], strict: bool = True) -> Self:
         """Take parameters and running statistics from a mapping, all or none, and return the layer.
@@ -280,7 +320,7 @@ class Norm(metaclass=_Dispatch):
         return self
 
     def _checked_state(self, name: str, value: Any) -> Any:
-        array = arrays.as_array(value, name)
+        array = arrays.as_array(_placed(value, "cpu"), name)
         if name == "num_batches_tracked":
             if array.size != 1 or array.dtype.kind not in "iu":
                 raise ValueError(f"{name}: expected one integer, got dtype {array.dtype} and shape {array.shape}")
@@ -289,7 +329,7 @@ class Norm(metaclass=_Dispatch):
             raise ValueError(f"{name}: expected shape {self._shape}, got {array.shape}")
         if not is_float(array.dtype.newbyteorder("=")):
             raise TypeError(f"{name}: expected a float dtype, got {array.dtype}")
-        return np.array(array, dtype=array.dtype.newbyteorder("="))
+        return _placed(np.array(array, dtype=array.dtype.newbyteorder("=")), self.device)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(self._arguments())})"
@@ -307,7 +347,15 @@ class Norm(metaclass=_Dispatch):
         return parts
 
 
-_STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+_ARRAYS = ("weight", "bias", "running_mean", "running_var")
+_STATE = (*_ARRAYS, "num_batches_tracked")
+
+
+def _placed(value: Any, device: str) -> Any:
+    """Return an array on a device; itself if it is there already."""
+    if value is None or (device == "cpu" and not on_cuda(value)):
+        return value
+    return cuda_module("layers").placed(value, device)
 
 
 class _Channelwise(Norm):
@@ -333,8 +381,8 @@ class _Channelwise(Norm):
     def reset_running_stats(self) -> None:
         """Set the running statistics back to mean 0, variance 1 and no batches."""
         if self.track_running_stats:
-            self.running_mean = np.zeros(self._shape, np.float32)
-            self.running_var = np.ones(self._shape, np.float32)
+            self.running_mean = _placed(np.zeros(self._shape, np.float32), self.device)
+            self.running_var = _placed(np.ones(self._shape, np.float32), self.device)
             self.num_batches_tracked = 0
 
     def _layout(self, shape: tuple[int, ...]) -> Layout:

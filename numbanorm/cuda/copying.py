@@ -123,7 +123,7 @@ def mover(size: int) -> Any:
 
 @cache
 def _kernel(target: str, source: str, added: str) -> Kernel:
-    lane = types.float64 if {target, source} & WIDE else types.float32
+    lane = types.float64 if {target, source, added} & WIDE else types.float32
     raw, plus = target == source and not added, bool(added)
     move = mover(item_size(target))
     # An integer or a truth value is only moved, or read: results are floats.

@@ -17,6 +17,11 @@ def device_count() -> int:
     return len(cuda.gpus.lst)
 
 
+def current_device() -> int:
+    """Return the number of the current device."""
+    return 0 if device_count() == 1 else int(cuda.get_current_device().id)
+
+
 def device_of(address: int) -> int:
     """Return the device on which an address lies; the current one for the address 0, which empty arrays have.
 
@@ -28,7 +33,7 @@ def device_of(address: int) -> int:
     if device_count() == 1:  # asking the driver costs 1 us
         return 0
     if address == 0:
-        return int(cuda.get_current_device().id)
+        return current_device()
     driver = cuda.cudadrv.driver
     attribute = driver.binding.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
     try:
@@ -56,6 +61,11 @@ def wait(stream: int, producer: int) -> None:
     event = cuda.event(timing=False)
     event.record(numba_stream(producer))
     event.wait(numba_stream(stream))
+
+
+def synchronize(stream: int) -> None:
+    """Let the host wait for what is queued on a stream."""
+    (numba_stream(stream) or cuda.default_stream()).synchronize()
 
 
 def handle_of(stream: Any) -> int:

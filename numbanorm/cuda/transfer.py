@@ -1,0 +1,54 @@
+"""Transfers between host and device memory: these, and these alone, wait for the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from . import devices
+from .arrays import DeviceArray, Interface, contiguous
+from .copying import copy
+from .libraries import OTHER, read
+from .memory import Span
+from .toolchain import cuda
+
+_BYTES = np.dtype(np.uint8)
+
+
+def to_device(array: np.ndarray, device: int) -> Any:
+    """Return a copy of a NumPy array as a numba device array."""
+    array = np.ascontiguousarray(array)
+    like = DeviceArray(None, OTHER, 0, (), (), array.dtype, device, 0)
+    with devices.within(device):
+        made = OTHER.empty(array.shape, array.strides, array.dtype, like)
+        if array.size:
+            _bytes(made.address, array.nbytes, made.owner).copy_to_device(array.reshape(-1).view(_BYTES))
+            devices.synchronize(0)
+    return made.owner
+
+
+def to_host(value: Any) -> np.ndarray:
+    """Return a copy of a CUDA array as a NumPy array, once what writes it is done."""
+    array = read(value, "value")
+    if array.size == 0:
+        return np.empty(array.shape, array.dtype)
+    packed = contiguous(array.shape, array.dtype)
+    with devices.within(array.device):
+        if array.strides != packed:
+            gathered = array.library.empty(array.shape, packed, array.dtype, array)
+            copy(gathered, array, array.stream or 0)
+            array = gathered
+        span = Span(array.address, array.dtype, array.size)
+        return span_to_host(span, array.owner, array.stream or 0).reshape(array.shape)
+
+
+def span_to_host(span: Span, owner: Any, stream: int) -> np.ndarray:
+    """Return a copy of a span, once what `stream` holds by now is done."""
+    devices.synchronize(stream)
+    found = _bytes(span.address, span.size * span.dtype.itemsize, owner).copy_to_host()
+    return np.asarray(found).view(span.dtype)
+
+
+def _bytes(address: int, size: int, owner: Any) -> Any:
+    return cuda.as_cuda_array(Interface(address, (size,), (1,), _BYTES, owner, None), sync=False)
