@@ -10,9 +10,25 @@ import numpy as np
 from numba import prange
 
 from .columns import TILE
-from .dtypes import counts, lane, load, pointer, split_deviation, store
-from .jit import Kernel, elementwise, scalar
-from .lanes import fused, load_part, no_lanes, sum_of_lanes, width_of
+from .dtypes import counts, lane, load, pointer
+from .jit import Kernel, scalar
+from .lanes import (
+    all_lanes,
+    choose,
+    first_lanes,
+    fused,
+    load_lanes,
+    load_some,
+    marked_lanes,
+    no_lanes,
+    settle_streams,
+    store_lanes,
+    store_some,
+    stream_lanes,
+    sum_of_lanes,
+    until_line,
+    width_of,
+)
 from .welford import at
 
 FLUSH_ROWS = 64
@@ -35,7 +51,7 @@ def _spread(scratch, x, weight, means, rstds, g, k0, first, width, by_row):
         scratch[_GAIN + i] = 1.0 if by_row else load(weight, (first + i) // g.inner % g.size)
 
 
-@elementwise
+@scalar
 def _chunk_sums(sums, scratch, dy, x, weight, gradients, g, k0, first, width, chunk, by_row):
     """Sum one chunk of rows in each lane: dy and dy * h, weighted where weights lie along the rows.
 
@@ -57,34 +73,28 @@ def _chunk_sums(sums, scratch, dy, x, weight, gradients, g, k0, first, width, ch
             wide = tail if r == r_stop else width
             x_at = g.x_start + k0 * g.x_K0 + r * g.x_R0 + first
             dy_at = g.y_start + k0 * g.y_K0 + r * g.y_R0 + first
+            channel = 0
+            w = no
             if by_row:
                 channel = (k0 * g.rows + r) * g.lanes // g.inner % g.size
-                w = load(weight, channel)
-                a = b = no
-                for i in range(0, wide, width_of(no)):
-                    rest = wide - i
-                    d = load_part(no, dy, dy_at + i, rest)
-                    h = load_part(no, x, x_at + i, rest) - load_part(no, scratch, _HI + i, rest)
-                    h = (h - load_part(no, scratch, _LO + i, rest)) * load_part(no, scratch, _SCALE + i, rest)
+                w = all_lanes(no, load(weight, channel))
+            a = b = no
+            for i in range(0, wide, width_of(no)):
+                rest = wide - i
+                d = load_some(no, dy, dy_at + i, rest)
+                h = load_some(no, x, x_at + i, rest) - load_lanes(no, scratch, _HI + i)
+                h = (h - load_lanes(no, scratch, _LO + i)) * load_lanes(no, scratch, _SCALE + i)
+                if by_row:
+                    if rest < width_of(no):
+                        h = choose(first_lanes(no, rest), h)
                     a = a + d
                     b = fused(d, h, b)
+                    d = d * w
+                store_lanes(load_lanes(no, scratch, _A + i) + d, scratch, _A + i)
+                store_lanes(fused(d, h, load_lanes(no, scratch, _B + i)), scratch, _B + i)
+            if by_row:
                 gradients[0, channel] += sum_of_lanes(b)
                 gradients[1, channel] += sum_of_lanes(a)
-                for i in range(wide):
-                    d = load(dy, dy_at + i) * w
-                    h = split_deviation(x, x_at + i, load(scratch, _HI + i), load(scratch, _LO + i)) * load(
-                        scratch, _SCALE + i
-                    )
-                    store(scratch, _A + i, load(scratch, _A + i) + d)
-                    store(scratch, _B + i, load(scratch, _B + i) + d * h)
-            else:
-                for i in range(wide):
-                    d = load(dy, dy_at + i)
-                    h = split_deviation(x, x_at + i, load(scratch, _HI + i), load(scratch, _LO + i)) * load(
-                        scratch, _SCALE + i
-                    )
-                    store(scratch, _A + i, load(scratch, _A + i) + d)
-                    store(scratch, _B + i, load(scratch, _B + i) + d * h)
         for i in range(width):
             sums[i] += scratch[_A + i]
             sums[TILE + i] += scratch[_B + i]
@@ -117,11 +127,10 @@ def _close_groups(total, groups, scratch, weight, counts_of, gradients, g, k0, f
         scratch[_MEAN_GH + i] = groups[TILE + group - base] * share
 
 
-@elementwise
+@scalar
 def _emit_chunk(scratch, dy, x, dx, mask, weight, g, k0, first, width, chunk, by_row):
     """Write dx of one chunk of rows of a tile."""
-    zero = lane(x, 0.0)
-    one = lane(x, 1.0)
+    no = no_lanes(x)
     r_start = chunk * g.chunk_rows
     r_stop = min(r_start + g.chunk_rows, g.rows)
     tail = min(max(g.tail - first, 0), width) if chunk == g.chunks - 1 else 0
@@ -132,28 +141,34 @@ def _emit_chunk(scratch, dy, x, dx, mask, weight, g, k0, first, width, chunk, by
         dy_at = g.y_start + k0 * g.y_K0 + r * g.y_R0 + first
         dx_at = k0 * packed + r * g.lanes + first
         mask_at = g.mask_start + k0 * g.mask_K0 + r * g.mask_R0 + first * g.mask_R1
-        w = one
+        w = all_lanes(no, lane(x, 1.0))
         if by_row:
-            w = load(weight, (k0 * g.rows + r) * g.lanes // g.inner % g.size)
-        if mask is not None and g.mask_R1 != 0:
-            for i in range(wide):
-                h = split_deviation(x, x_at + i, load(scratch, _HI + i), load(scratch, _LO + i)) * load(
-                    scratch, _SCALE + i
-                )
-                c = load(scratch, _MEAN_G + i) + h * load(scratch, _MEAN_GH + i) if counts(mask, mask_at + i) else zero
-                store(
-                    dx, dx_at + i, (load(dy, dy_at + i) * w * load(scratch, _GAIN + i) - c) * load(scratch, _SCALE + i)
-                )
-        else:
-            counted = one if mask is None or counts(mask, mask_at) else zero
-            for i in range(wide):
-                h = split_deviation(x, x_at + i, load(scratch, _HI + i), load(scratch, _LO + i)) * load(
-                    scratch, _SCALE + i
-                )
-                c = (load(scratch, _MEAN_G + i) + h * load(scratch, _MEAN_GH + i)) * counted
-                store(
-                    dx, dx_at + i, (load(dy, dy_at + i) * w * load(scratch, _GAIN + i) - c) * load(scratch, _SCALE + i)
-                )
+            w = all_lanes(no, load(weight, (k0 * g.rows + r) * g.lanes // g.inner % g.size))
+        counted = mask is None or g.mask_R1 != 0 or counts(mask, mask_at)
+        head = 0
+        if g.stream != 0:
+            head = min(until_line(dx, dx_at), wide)
+        i = 0
+        while i < wide:
+            part = min(width_of(no), wide - i)
+            if i < head:
+                part = head - i
+            scale = load_lanes(no, scratch, _SCALE + i)
+            h = (load_some(no, x, x_at + i, part) - load_lanes(no, scratch, _HI + i)) - load_lanes(no, scratch, _LO + i)
+            h = h * scale
+            c = fused(h, load_lanes(no, scratch, _MEAN_GH + i), load_lanes(no, scratch, _MEAN_G + i))
+            if mask is not None and g.mask_R1 != 0:
+                c = choose(marked_lanes(no, mask, mask_at + i, part), c)
+            elif not counted:
+                c = no
+            v = (load_some(no, dy, dy_at + i, part) * (w * load_lanes(no, scratch, _GAIN + i)) - c) * scale
+            if g.stream != 0 and part == width_of(no):
+                stream_lanes(v, dx, dx_at + i)
+            else:
+                store_some(v, dx, dx_at + i, part)
+            i += part
+    if g.stream != 0:
+        settle_streams()
 
 
 @scalar
@@ -161,7 +176,7 @@ def _backward_tile(
     lanes_of, dy, x, dx, mask, weight, counts_of, means, rstds, gradients, g, k0, first, width, by_row, centred
 ):
     """Take one tile: sums over its rows, then dx; lanes are of the dtype of `lanes_of`."""
-    scratch = np.empty(8 * TILE, lanes_of.dtype)
+    scratch = np.empty(9 * TILE, lanes_of.dtype)  # strips may start anywhere, and read a strip beyond the last
     sums = np.empty(2 * TILE)
     total = np.zeros(2 * TILE)
     _spread(scratch, x, weight, means, rstds, g, k0, first, width, by_row)
@@ -225,7 +240,7 @@ def _sum_unit(unit, dy, x, weight, counts_of, means, rstds, table, geometry):
     chunk = unit % g.chunks
     first = tile * g.tile
     width = min(g.tile, g.lanes - first)
-    scratch = np.empty(8 * TILE, weight.dtype)
+    scratch = np.empty(9 * TILE, weight.dtype)
     sums = np.empty(2 * TILE)
     p_dy, p_x, p_weight = pointer(dy), pointer(x), pointer(weight)
     _spread(scratch, p_x, p_weight, means, rstds, g, 0, first, width, False)
@@ -249,7 +264,7 @@ def _emit_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, table, gr
     tile = unit % tiles
     first = tile * g.tile
     width = min(g.tile, g.lanes - first)
-    scratch = np.empty(8 * TILE, weight.dtype)
+    scratch = np.empty(9 * TILE, weight.dtype)
     groups = np.empty(2 * TILE)
     total = np.zeros(2 * TILE)
     for chunk in range(g.chunks):

@@ -45,7 +45,8 @@ TABLE_BYTES = 1 << 20
 _FIELDS = """
     K0 R0 K1 R1 inner size
     x_start x_K0 x_R0 x_K1 y_start y_K0 y_R0 y_K1 mask_start mask_K0 mask_R0 mask_K1 mask_R1
-    unit_groups ahead stream rows lanes tail tile chunk_rows chunk_runs chunk_width across chunks block_runs piece_runs
+    unit_groups ahead ahead_dy stream
+    rows lanes tail tile chunk_rows chunk_runs chunk_width across chunks block_runs piece_runs
 """
 
 GEOMETRY = np.dtype([(name, np.int64) for name in _FIELDS.split()], align=True)
@@ -101,6 +102,7 @@ def _rows(g: np.void, size: int) -> None:
     g["unit_groups"] = max(1, CHUNK // (r0 * r1))
     if size >= AHEAD_FROM and r0 * r1 <= AHEAD_GROUP:
         g["ahead"] = g["x_K1"] if g["K1"] > 1 else g["x_K0"]
+        g["ahead_dy"] = g["y_K1"] if g["K1"] > 1 else g["y_K0"]
 
 
 def _columns(g: np.void, folds: bool) -> None:

@@ -18,9 +18,27 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from .dtypes import counts, lane, load, pointer, split_deviation, store
-from .jit import Kernel, elementwise, scalar
-from .lanes import all_lanes, choose, first_lanes, fused, load_lanes, load_part, no_lanes, sum_of_lanes, width_of
+from .dtypes import counts, lane, load, pointer, store
+from .jit import Kernel, scalar
+from .lanes import (
+    all_lanes,
+    choose,
+    first_lanes,
+    fused,
+    load_lanes,
+    load_part,
+    load_some,
+    marked_lanes,
+    no_lanes,
+    prefetch,
+    settle_streams,
+    store_some,
+    stream_lanes,
+    sum_of_lanes,
+    until_line,
+    width_of,
+)
+from .rows import LONG_RUN
 from .welford import BLOCK, at
 
 FLUSH = 32
@@ -76,60 +94,67 @@ def _chunk_sums(sums, channels, dy, x, weight, g, k0, k1, chunk, mean, rstd):
             j += width
 
 
-@elementwise
+@scalar
 def _emit(dy, x, dx, mask, weight, products, half, g, k0, r0, k1, start, stop, mean, rstd, mean_g, mean_gh):
     """Write dx of one run from `start` to `stop`, block by block; where weights lie along the run, add to `products`.
 
     `products` takes `half` sums of dy * h, then as many of dy; none if `half` is 0.
-
-    Two loops, not one: with every array in it, LLVM would need too many checks of pointers and not vectorize.
     """
     x_start = g.x_start + k0 * g.x_K0 + r0 * g.x_R0 + k1 * g.x_K1
     dy_start = g.y_start + k0 * g.y_K0 + r0 * g.y_R0 + k1 * g.y_K1
     dx_start = ((k0 * g.R0 + r0) * g.K1 + k1) * g.R1
     mask_start = g.mask_start + k0 * g.mask_K0 + r0 * g.mask_R0 + k1 * g.mask_K1
-    hi = lane(x, mean)
-    lo = lane(x, mean - np.float64(hi))
-    scale = lane(x, rstd)
-    zero = lane(x, 0.0)
+    no = no_lanes(x)
+    hi = all_lanes(no, lane(x, mean))
+    lo = all_lanes(no, lane(x, mean - np.float64(lane(x, mean))))
+    scale = all_lanes(no, lane(x, rstd))
+    counted = mask is None or g.mask_R1 != 0 or counts(mask, mask_start)
+    c = all_lanes(no, lane(x, mean_g if counted else 0.0))
+    e = all_lanes(no, lane(x, mean_gh if counted else 0.0))
+    along = g.inner == 1
+    gain = no
     j = start
     while j < stop:
-        width = min(stop - j, BLOCK)
+        width = stop - j
         first = 0
-        gain = zero
-        if g.inner == 1:
+        if along:
             first = (k1 * g.R1 + j) % g.size
+            width = min(width, g.size - first)
         else:
             width = min(width, g.inner - j % g.inner)
-            gain = load(weight, (k1 * g.R1 + j) // g.inner % g.size)
-        a = x_start + j
-        b = dy_start + j
+            gain = all_lanes(no, load(weight, (k1 * g.R1 + j) // g.inner % g.size))
         out = dx_start + j
-        if half > 0:
-            p = j - start
-            for i in range(width):
-                d = load(dy, b + i)
-                h = split_deviation(x, a + i, hi, lo) * scale
-                store(products, p + i, load(products, p + i) + d * h)
-                store(products, half + p + i, load(products, half + p + i) + d)
-        c = lane(x, mean_g)
-        e = lane(x, mean_gh)
-        if mask is not None and g.mask_R1 != 0:
-            for i in range(width):
-                h = split_deviation(x, a + i, hi, lo) * scale
-                d = load(dy, b + i) * (load(weight, first + i) if g.inner == 1 else gain)
-                store(dx, out + i, (d - (c + h * e if counts(mask, mask_start + j + i) else zero)) * scale)
-        else:
-            if mask is not None and not counts(mask, mask_start):
-                c = e = zero
-            if g.inner == 1:
-                for i in range(width):
-                    h = split_deviation(x, a + i, hi, lo) * scale
-                    store(dx, out + i, (load(dy, b + i) * load(weight, first + i) - (c + h * e)) * scale)
+        head = 0
+        stream = g.stream != 0
+        if stream:
+            head = until_line(dx, out)
+            stream = head == 0 or width >= LONG_RUN
+            head = min(head, width) if stream else 0
+        i = 0
+        while i < width:
+            part = min(width_of(no), width - i)
+            if i < head:
+                part = head - i
+            if g.ahead != 0:
+                prefetch(no, x, x_start + j + i + g.ahead)
+                prefetch(no, dy, dy_start + j + i + g.ahead_dy)
+            h = ((load_some(no, x, x_start + j + i, part) - hi) - lo) * scale
+            d = load_some(no, dy, dy_start + j + i, part)
+            if half > 0:
+                p = j - start + i
+                store_some(fused(d, h, load_some(no, products, p, part)), products, p, part)
+                store_some(load_some(no, products, half + p, part) + d, products, half + p, part)
+            centre = fused(h, e, c)
+            if mask is not None and g.mask_R1 != 0:
+                centre = choose(marked_lanes(no, mask, mask_start + j + i, part), centre)
+            if along:
+                gain = load_some(no, weight, first + i, part)
+            v = (d * gain - centre) * scale
+            if stream and part == width_of(no):
+                stream_lanes(v, dx, out + i)
             else:
-                for i in range(width):
-                    h = split_deviation(x, a + i, hi, lo) * scale
-                    store(dx, out + i, (load(dy, b + i) * gain - (c + h * e)) * scale)
+                store_some(v, dx, out + i, part)
+            i += part
         j += width
 
 
@@ -194,6 +219,8 @@ def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradi
             )
         if along and (k0 - start) % FLUSH == FLUSH - 1:
             _flush(products, gradients[slab], first)
+    if g.stream != 0:
+        settle_streams()
     _flush(products, gradients[slab], first)  # of length 0 where weights do not lie along
 
 
@@ -257,6 +284,8 @@ def _emit_piece(unit, dy, x, dx, mask, weight, counts_of, means, rstds, sums, g,
         mean_g = load(sums, group) * share if centred else 0.0
         mean_gh = load(sums, groups + group) * share
         _emit(dy, x, dx, mask, weight, weight, 0, g, k0, r0, k1, j, stop, mean, rstd, mean_g, mean_gh)
+    if g.stream != 0:
+        settle_streams()
 
 
 @scalar
@@ -304,6 +333,8 @@ def _emit_lanes_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, sum
         )
         if k0 % FLUSH == FLUSH - 1:
             _flush(products, gradients, 0)
+    if g.stream != 0:
+        settle_streams()
     _flush(products, gradients, 0)
     for i in range(half):
         dweight[start + i] = gradients[0, i]
