@@ -120,9 +120,7 @@ def backward(
     """
     call = _call(x, dx, weight, None, mask, dy)._replace(fixed=fixed)
     part = columns_backward if plan.columns else rows_backward
-    part.backward(
-        plan, call, _addresses(dy, x, dx, mask, weight, mean, rstd, dweight, dbias), stream, workspace
-    )
+    part.backward(plan, call, _addresses(dy, x, dx, mask, weight, mean, rstd, dweight, dbias), stream, workspace)
 
 
 def _addresses(*spans: Span | None) -> tuple[int, ...]:

@@ -41,6 +41,7 @@ def moments_kernel(c: Columns) -> Kernel:
     across, below, vector = np.int64(c.across), np.int64(c.block // c.across), np.int64(c.vector)
     width = np.int64(c.across * c.vector)
     held = c.block * c.vector
+    slots = 3 * held
     plane = np.int64(held)
     threads = np.int64(c.block)
     whole_tile = below * np.int64(c.count)
@@ -51,7 +52,7 @@ def moments_kernel(c: Columns) -> Kernel:
         x, mask, table,
         tiles, chunks, chunk_rows, rows, lanes, plane_stride, x_K0, x_R0, mask_K0, mask_R0,
     ):  # fmt: skip
-        shared = cuda.shared.array(3 * held, types.float64)
+        shared = cuda.shared.array(slots, types.float64)
         number = ints(cuda.threadIdx.x)
         unit = ints(cuda.blockIdx.x)
         k0 = unit // (chunks * tiles)
@@ -150,13 +151,16 @@ def spread(c: Columns):
     pick, like = ln.pick, ln.like
     lane = types.float64 if c.wide else types.float32
     up, large = GAIN[lane], GAIN[lane] ** 0.75
+    centred = c.centred
     ints = np.int64
 
     @device
     def of_lanes(means, rstds, group, column, K1, R1):
         place = ints(0), ints(1), ints(1), ints(1), ints(0)
         rstd = gather(rstds + group * 8, column, *place, R1, K1)
-        mean = gather(means + group * 8, column, *place, R1, K1)
+        mean = like(rstd, 0.0)
+        if centred:
+            mean = gather(means + group * 8, column, *place, R1, K1)
         one = like(rstd, 1.0)
         gain = pick(rstd > large, like(rstd, up), pick(rstd < 1.0 / large, like(rstd, 1.0 / up), one))
         back = pick(rstd > large, like(rstd, 1.0 / up), pick(rstd < 1.0 / large, like(rstd, up), one))
@@ -240,9 +244,7 @@ def statistics(
     x, _, _, _, mask, _, _, stats = addresses
     part = launch.columns(plan, call, "moments")
     table = workspace(24 * part.entries).address
-    moments_kernel(part.choice)(
-        part.blocks, stream, x + part.starts[0], mask + part.starts[2], table, *part.numbers
-    )
+    moments_kernel(part.choice)(part.blocks, stream, x + part.starts[0], mask + part.starts[2], table, *part.numbers)
     close(plan, part, table, stats, eps, stream)
 
 

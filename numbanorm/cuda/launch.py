@@ -12,6 +12,9 @@ from typing import NamedTuple
 from ..dtypes import NARROW
 from ..plan import Placement, Plan
 
+WARP = 32
+"""Threads of a warp."""
+
 WORD = 16
 """Bytes of the widest load of a thread."""
 
@@ -117,6 +120,11 @@ class Launch(NamedTuple):
     numbers: tuple[int, ...]
 
 
+def block_of(team: int, narrow: int = NARROW_BLOCK) -> int:
+    """Return the threads of a block: several teams where they are parts of a warp, else one team."""
+    return narrow if team <= WARP else team
+
+
 def item_size(name: str) -> int:
     """Return the bytes of an element."""
     return 1 if name == "bool" else int("".join(c for c in name if c.isdigit())) // 8
@@ -207,7 +215,7 @@ def rows(plan: Plan, call: Call, takes: str, leaves: str, writes: bool) -> Launc
     chunks = -(-pieces // chunk_pieces)
     split = chunks > 1
     units = layout.groups * chunks
-    block = max(rung.team, NARROW_BLOCK)
+    block = block_of(rung.team)
     choice = Rows(
         source=call.source,
         result=call.result,
@@ -248,8 +256,8 @@ def chunk_elements(plan: Plan) -> int:
     return min(max(MIN_CHUNK, -(-plan.size // SPLIT_BLOCKS)), MAX_CHUNK)
 
 
-COLUMN_ROWS = 8
-"""Rows a thread has under way in the columns kernels, of 128 bits each (float64 lanes: 4)."""
+COLUMN_ROWS = 4
+"""Rows a thread has under way in the columns kernels, of 128 bits each; twice as many where lanes are read one by one."""
 
 COLUMN_THREADS = 256
 """Threads of their blocks; half as many for lanes of 16 bits, whose moments would fill the shared memory."""
@@ -321,7 +329,9 @@ def columns(plan: Plan, call: Call, part: str) -> ColumnsLaunch:
         multiples += (layout.size,)
     vector = vector_of(sizes, call.low, multiples)
     block = COLUMN_THREADS // 2 if vector * lane > WORD else COLUMN_THREADS
-    count = COLUMN_ROWS // (2 if wide or part in ("sums", "emit") else 1)
+    count = COLUMN_ROWS * (2 if vector == 1 and part in ("moments", "apply") else 1)
+    if vector > 4 and part in ("sums", "emit"):
+        count //= 2
     below = min(power_of_two(-(-rows // count)), block // 32)
     across = min(power_of_two(-(-lanes // vector)), block // below)
     below = block // across

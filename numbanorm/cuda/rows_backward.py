@@ -1,1 +1,370 @@
-"""."""
+"""Backward of the rows kernel.
+
+With ``g = dy * weight`` and ``h = (x - mean) * rstd``, over the `n` elements that count in a group [1]_::
+
+    dx = rstd * (g - counts * (sum(g) + h * sum(g * h)) / n)
+    dweight = sum(dy * h)        dbias = sum(dy)
+
+Where weights lie along the rows and registers hold them (LayerNorm, RMSNorm), all is done in one read: a team of
+threads takes some rows, one after the other, and keeps its dweight and dbias in registers. Elsewhere sums come first,
+then dx; weights that lie along rows too wide to hold get their gradients from the threads that write dx, the others
+from the same sums.
+
+References
+----------
+.. [1] S. Ioffe, C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate
+   Shift", 2015, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+
+from ..plan import Plan
+from . import lanes as ln
+from . import memory, sums
+from .launch import Call, item_size
+from .launch_backward import Backward, Merge
+from .launch_backward import rows_backward as rows_choices
+from .memory import Span
+from .toolchain import Kernel, cuda, device, types
+from .welford import add, gain_for_rstd, team
+
+
+@cache
+def statistics_of(c: Backward):
+    """Return the function that reads a group's (gain, hi, lo, scale): ``h = ((x * gain - hi) - lo) * scale``."""
+    scalar = np.float64 if c.wide else np.float32
+    gain_to_apply = gain_for_rstd(types.float64 if c.wide else types.float32)
+    read_number = memory.read_number
+    centred = c.centred
+
+    @device
+    def read(mean, rstd, group):
+        r = read_number(rstd, group)
+        gain = gain_to_apply(r)
+        m = 0.0
+        if centred:
+            m = read_number(mean, group) * np.float64(gain)
+        hi = scalar(m)
+        return gain, hi, scalar(m - np.float64(hi)), scalar(r / np.float64(gain))
+
+    return read
+
+
+@cache
+def fused_kernel(c: Backward) -> Kernel:
+    """Return the kernel that writes dx and, slab by slab, dweight and dbias, of rows that registers hold."""
+    lane = types.float64 if c.wide else types.float32
+    name = "float64" if c.wide else "float32"
+    scalar = np.float64 if c.wide else np.float32
+    geometry = (lane, c.vector, c.count, "flat")
+    width = c.vector * c.count
+    load_dy, load_x = memory.loader(c.result, *geometry), memory.loader(c.source, *geometry)
+    store_dx = memory.storer(c.result, *geometry)
+    load_slab, store_slab = memory.loader(name, *geometry), memory.storer(name, *geometry)
+    chosen_of = memory.chooser(c.mask, c.vector, c.count, "flat")
+    weights = memory.gatherer("along", *geometry)
+    statistics = statistics_of(c)
+    merged = team(lane, c.team, add)
+    fold, count_of, choose, tile = ln.fold(1), ln.count(1, lane), ln.choose, ln.tile(width)
+    weighted, centred, fixed = c.weight, c.centred, c.fixed
+    step, teams = np.int64(c.team), c.block // c.team
+    source_size, result_size, lane_size = item_size(c.source), item_size(c.result), item_size(name)
+    zero = scalar(0)
+    ints = np.int64
+
+    def rows_backward(
+        dy, x, dx, mask, weight, mean, rstd, slabs,
+        rows, slab_rows, pieces, size, dy_K0, x_K0, mask_K0, biased,
+    ):  # fmt: skip
+        thread = ints(cuda.threadIdx.x) % step
+        number = ints(cuda.threadIdx.x) // step
+        place = thread, step, pieces, ints(1), ints(0)
+        dweight = dbias = tile(zero)
+        first = (ints(cuda.blockIdx.x) * teams + number) * slab_rows
+        for i in range(slab_rows):
+            row = first + i
+            there = row < rows
+            row = min(row, rows - 1)
+            limit = pieces if there else ints(0)
+            here = thread, step, limit, ints(1), ints(0)
+            gain, hi, lo, scale = statistics(mean, rstd, row)
+            d = load_dy(dy + row * dy_K0 * result_size, *here)
+            h = load_x(x + row * x_K0 * source_size, *here) * gain
+            h = ((h - hi) - lo) * scale
+            chosen = chosen_of(mask + row * mask_K0, *here)
+            # Beyond the row dy is 0, and so is all that it is a factor of.
+            dweight = dweight + d * h
+            dbias = dbias + d
+            if weighted:
+                d = d * weights(weight, ints(0), *here, ints(1), size)
+            if not fixed:
+                a, b, n, none = merged(fold(d), fold(d * h), count_of(chosen), zero)
+                share = zero
+                if n > zero:
+                    share = scalar(1.0 / np.float64(n))
+                if not centred:
+                    a = zero
+                d = d - choose(chosen, h * (b * share) + a * share)
+            store_dx(dx + row * size * result_size, *here, d * scale * gain)
+        own = slabs + ints(cuda.blockIdx.x) * 2 * size * lane_size
+        for turn in range(teams):
+            if number == turn:
+                if turn > 0:
+                    dweight = dweight + load_slab(own, *place)
+                    dbias = dbias + load_slab(own + size * lane_size, *place)
+                store_slab(own, *place, dweight)
+                if biased != 0:
+                    store_slab(own + size * lane_size, *place, dbias)
+            cuda.syncthreads()
+
+    return Kernel(rows_backward, c.block)
+
+
+@cache
+def sums_kernel(c: Backward) -> Kernel:
+    """Return the kernel that writes sum(g), sum(g * h) and the count of every chunk of every segment, float64.
+
+    A segment is what of a group has one weight: its sums come without that weight. Where weights lie along the rows,
+    or there are none, it is the group, and its sums come with them.
+    """
+    lane = types.float64 if c.wide else types.float32
+    scalar = np.float64 if c.wide else np.float32
+    geometry = (lane, c.vector, c.count, c.rule)
+    load_dy, load_x = memory.loader(c.result, *geometry), memory.loader(c.source, *geometry)
+    chosen_of = memory.chooser(c.mask, c.vector, c.count, c.rule)
+    weights = memory.gatherer(c.weights or "along", *geometry)
+    write_number = memory.write_number
+    statistics = statistics_of(c)
+    merged = team(lane, c.team, add)
+    fold, count_of = ln.fold(1), ln.count(1, lane)
+    weighted, along = c.weights != "", c.weights == "along"
+    step, teams = np.int64(c.team), np.int64(c.block // c.team)
+    whole_tile = np.int64(c.team * c.count)
+    source_size, result_size = item_size(c.source), item_size(c.result)
+    masked = c.mask == "elements"
+    zero = scalar(0)
+    ints = np.int64
+
+    def rows_sums(
+        dy, x, mask, weight, mean, rstd, table,
+        units, chunks, chunk_pieces, pieces, run, K1, span, R1, segments, segment,
+        x_K0, x_R0, x_K1, dy_K0, dy_R0, dy_K1, mask_K0, mask_R0, mask_K1, inner, size,
+    ):  # fmt: skip
+        thread = ints(cuda.threadIdx.x) % step
+        unit = ints(cuda.blockIdx.x) * teams + ints(cuda.threadIdx.x) // step
+        there = unit < units
+        unit = min(unit, units - 1)
+        part = unit // chunks
+        chunk = unit - part * chunks
+        group = part // segments
+        j = (part - group * segments) * segment
+        k0 = group // K1
+        k1 = group - k0 * K1
+        packed_R0 = K1 * R1
+        gain, hi, lo, scale = statistics(mean, rstd, group)
+        x_at = x + (k0 * x_K0 + k1 * x_K1 + j) * source_size
+        dy_at = dy + (k0 * dy_K0 + k1 * dy_K1 + j) * result_size
+        mask_at = mask + k0 * mask_K0 + k1 * mask_K1
+        if masked:
+            mask_at += j
+        flat = k0 * span + k1 * R1 + j
+        if along:
+            flat = flat % size
+        p = chunk * chunk_pieces + thread
+        limit = min((chunk + 1) * chunk_pieces, pieces)
+        if not there:
+            limit = ints(0)
+        a = b = n = none = zero
+        while p - thread < limit:
+            d = load_dy(dy_at, p, step, limit, run, dy_R0)
+            h = ((load_x(x_at, p, step, limit, run, x_R0) * gain - hi) - lo) * scale
+            chosen = chosen_of(mask_at, p, step, limit, run, mask_R0)
+            if weighted:
+                d = d * weights(weight, flat, p, step, limit, run, packed_R0, inner, size)
+            a += fold(d)
+            b += fold(d * h)
+            n += count_of(chosen)
+            p += whole_tile
+        a, b, n, none = merged(a, b, n, none)
+        if thread == 0 and there:
+            write_number(table, unit, np.float64(a))
+            write_number(table, units + unit, np.float64(b))
+            write_number(table, 2 * units + unit, np.float64(n))
+
+    return Kernel(rows_sums, c.block)
+
+
+@cache
+def emit_kernel(c: Backward) -> Kernel:
+    """Return the kernel that writes dx from the groups' sums."""
+    lane = types.float64 if c.wide else types.float32
+    scalar = np.float64 if c.wide else np.float32
+    geometry = (lane, c.vector, c.count, c.rule)
+    load_dy, load_x = memory.loader(c.result, *geometry), memory.loader(c.source, *geometry)
+    store_dx = memory.storer(c.result, *geometry)
+    chosen_of = memory.chooser(c.mask, c.vector, c.count, c.rule)
+    weights = memory.gatherer(c.weights or "along", *geometry)
+    read_number = memory.read_number
+    statistics = statistics_of(c)
+    choose = ln.choose
+    weighted = c.weights != ""
+    fixed = c.fixed
+    step, teams = np.int64(c.team), np.int64(c.block // c.team)
+    whole_tile = np.int64(c.team * c.count)
+    source_size, result_size = item_size(c.source), item_size(c.result)
+    ints = np.int64
+
+    def rows_emit(
+        dy, x, dx, mask, weight, mean, rstd, sums,
+        units, chunks, chunk_pieces, pieces, run, K1, span, R1, groups,
+        x_K0, x_R0, x_K1, dy_K0, dy_R0, dy_K1, mask_K0, mask_R0, mask_K1, inner, size,
+    ):  # fmt: skip
+        thread = ints(cuda.threadIdx.x) % step
+        unit = ints(cuda.blockIdx.x) * teams + ints(cuda.threadIdx.x) // step
+        if unit < units:
+            group = unit // chunks
+            chunk = unit - group * chunks
+            k0 = group // K1
+            k1 = group - k0 * K1
+            packed_R0 = K1 * R1
+            gain, hi, lo, scale = statistics(mean, rstd, group)
+            flat = k0 * span + k1 * R1
+            x_at = x + (k0 * x_K0 + k1 * x_K1) * source_size
+            dy_at = dy + (k0 * dy_K0 + k1 * dy_K1) * result_size
+            dx_at = dx + flat * result_size
+            mask_at = mask + k0 * mask_K0 + k1 * mask_K1
+            p = chunk * chunk_pieces + thread
+            limit = min((chunk + 1) * chunk_pieces, pieces)
+            while p < limit:
+                d = load_dy(dy_at, p, step, limit, run, dy_R0)
+                if weighted:
+                    d = d * weights(weight, flat, p, step, limit, run, packed_R0, inner, size)
+                if not fixed:
+                    h = ((load_x(x_at, p, step, limit, run, x_R0) * gain - hi) - lo) * scale
+                    chosen = chosen_of(mask_at, p, step, limit, run, mask_R0)
+                    a = scalar(read_number(sums, group))
+                    b = scalar(read_number(sums, groups + group))
+                    d = d - choose(chosen, h * b + a)
+                store_dx(dx_at, p, step, limit, run, packed_R0, d * scale * gain)
+                p += whole_tile
+
+    return Kernel(rows_emit, c.block)
+
+
+@cache
+def lanes_kernel(c: Backward) -> Kernel:
+    """Return the kernel that writes dx from the groups' sums, and slabs of dweight and dbias of weights along rows.
+
+    A thread keeps to its elements of a row, and takes them from all rows of a slab.
+    """
+    lane = types.float64 if c.wide else types.float32
+    name = "float64" if c.wide else "float32"
+    scalar = np.float64 if c.wide else np.float32
+    geometry = (lane, c.vector, 1, "flat")
+    load_dy, load_x = memory.loader(c.result, *geometry), memory.loader(c.source, *geometry)
+    store_dx, store_slab = memory.storer(c.result, *geometry), memory.storer(name, *geometry)
+    chosen_of = memory.chooser(c.mask, c.vector, 1, "flat")
+    weights = memory.gatherer("along", *geometry)
+    read_number = memory.read_number
+    statistics = statistics_of(c)
+    choose, tile = ln.choose, ln.tile(c.vector)
+    weighted = c.weight
+    fixed, masked = c.fixed, c.mask == "elements"
+    source_size, result_size, lane_size = item_size(c.source), item_size(c.result), item_size(name)
+    threads, vector = np.int64(c.block), np.int64(c.vector)
+    ints = np.int64
+    zero, one = scalar(0), scalar(1)
+
+    def lanes_backward(
+        dy, x, dx, mask, weight, mean, rstd, sums, slabs,
+        tiles, slab_rows, rows, R0, K1, R1, groups,
+        x_K0, x_R0, x_K1, dy_K0, dy_R0, dy_K1, mask_K0, mask_R0, mask_K1, size, biased,
+    ):  # fmt: skip
+        unit = ints(cuda.blockIdx.x)
+        slab = unit // tiles
+        lanes = K1 * R1
+        column = ((unit - slab * tiles) * threads + ints(cuda.threadIdx.x)) * vector
+        if column < lanes:
+            k1 = column // R1
+            j = column - k1 * R1
+            here = ints(0), ints(1), ints(1), ints(1), ints(0)
+            w = tile(one)
+            if weighted:
+                w = weights(weight, column, *here, ints(1), size)
+            dweight = dbias = tile(zero)
+            for row in range(slab * slab_rows, min((slab + 1) * slab_rows, rows)):
+                k0 = row // R0
+                r0 = row - k0 * R0
+                group = k0 * K1 + k1
+                gain, hi, lo, scale = statistics(mean, rstd, group)
+                d = load_dy(dy + (k0 * dy_K0 + r0 * dy_R0 + k1 * dy_K1 + j) * result_size, *here)
+                h = load_x(x + (k0 * x_K0 + r0 * x_R0 + k1 * x_K1 + j) * source_size, *here)
+                h = ((h * gain - hi) - lo) * scale
+                dweight = dweight + d * h
+                dbias = dbias + d
+                d = d * w
+                if not fixed:
+                    mask_at = mask + k0 * mask_K0 + r0 * mask_R0 + k1 * mask_K1
+                    if masked:
+                        mask_at += j
+                    chosen = chosen_of(mask_at, *here)
+                    a = scalar(read_number(sums, group))
+                    b = scalar(read_number(sums, groups + group))
+                    d = d - choose(chosen, h * b + a)
+                store_dx(dx + (row * lanes + column) * result_size, *here, d * scale * gain)
+            own = slabs + (slab * 2 * size + column) * lane_size
+            store_slab(own, *here, dweight)
+            if biased != 0:
+                store_slab(own + size * lane_size, *here, dbias)
+
+    return Kernel(lanes_backward, c.block)
+
+
+def backward(plan: Plan, call: Call, addresses: tuple[int, ...], stream: int, workspace: Callable[[int], Span]) -> None:
+    """Write dx, dweight and dbias."""
+    dy, x, dx, mask, weight, mean, rstd, dweight, dbias = addresses
+    how = rows_choices(plan, call)
+    x, dy, mask = x + how.starts[0], dy + how.starts[1], mask + how.starts[2]
+    buffer = workspace(how.workspace).address
+    size = plan.layout.size
+    biased = int(dbias != 0)
+    part = how.parts.get("fused")
+    if part is not None:
+        fused_kernel(part.choice)(
+            part.blocks, stream, dy, x, dx, mask, weight, mean, rstd, buffer, *part.numbers, biased
+        )
+        sums.add_slabs(part.choice.wide, buffer, dweight, dbias, part.blocks, size, stream)
+        return
+    part = how.parts["sums"]
+    wide = part.choice.wide
+    means = buffer + how.table
+    sums_kernel(part.choice)(part.blocks, stream, dy, x, mask, weight, mean, rstd, buffer, *part.numbers)
+    merge_groups(how.groups, wide, buffer, weight, means, stream)
+    part = how.parts.get("lanes")
+    if part is not None:
+        slabs = buffer + how.slabs
+        lanes_kernel(part.choice)(
+            part.blocks, stream, dy, x, dx, mask, weight, mean, rstd, means, slabs, *part.numbers, biased
+        )
+        sums.add_slabs(wide, slabs, dweight, dbias, part.blocks // part.numbers[0], size, stream)
+        return
+    merge_weights(how.weights, wide, buffer, dweight, dbias, stream)
+    part = how.parts["emit"]
+    emit_kernel(part.choice)(part.blocks, stream, dy, x, dx, mask, weight, mean, rstd, means, *part.numbers)
+
+
+def merge_groups(part: Merge, wide: bool, table: int, weight: int, means: int, stream: int) -> None:
+    """Queue the merge of sums into mean(g) and mean(g * h) of the groups."""
+    kernel = sums.groups_kernel(part.team, part.block, wide, *part.options)
+    kernel(part.blocks, stream, table, weight, means, *part.numbers)
+
+
+def merge_weights(part: Merge, wide: bool, table: int, dweight: int, dbias: int, stream: int) -> None:
+    """Queue the merge of sums into dweight and dbias."""
+    kernel = sums.weights_kernel(part.team, part.block, wide)
+    kernel(part.blocks, stream, table, dweight, dbias, *part.numbers)

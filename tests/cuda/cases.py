@@ -63,12 +63,16 @@ class Problem:
         if case.mask:
             cut = shape if case.mask == "elements" else (*shape[:-1], 1)
             self.mask = np.broadcast_to(rng.random(cut) < 0.6, shape)
+        self.counts = self.mask
         options = (case.channel_axis, case.num_groups, case.axis)
         masked = None if self.mask is None else self.mask.strides
         x_strides = (self.x.strides, self.x.itemsize)
         dy_strides = (self.dy.strides, self.dy.itemsize) if separable else None
         self.plan: Plan = plan(case.norm, options, shape, x_strides, dy_strides, masked, separable)
         layout = self.plan.layout
+        assert self.plan.x is not None
+        if self.mask is not None and self.plan.mask is None:
+            self.counts = np.array(self.mask.transpose(layout.order), order="C").reshape(-1)
         lane = self.form.lane
         self.weight = rng.standard_normal(layout.size).astype(lane) if case.weight else None
         self.bias = rng.standard_normal(layout.size).astype(lane) if case.bias and case.centred else None
@@ -172,14 +176,14 @@ class Device:
         residual = self.span_of(problem.residual, shift)
         total = None if residual is None else self.allocate(plan.size, result, shift)
         affine = self.span_of(problem.weight, shift), self.span_of(problem.bias, shift)
-        mask = self.span_of(problem.mask, shift)
+        mask = self.span_of(problem.counts, shift)
         options = {"stream": 0, "workspace": self.workspace}
         cuda.forward(plan, x, y, *affine, stats, eps, mask, residual, total, **options)
         rows = np.array(self.view(stats)).reshape(4, -1)
         return self.back(problem, y), rows, None if total is None else self.back(problem, total)
 
     def statistics(self, problem: Problem) -> np.ndarray:
-        x, mask = (self.span_of(a, problem.case.shift) for a in (problem.x, problem.mask))
+        x, mask = (self.span_of(a, problem.case.shift) for a in (problem.x, problem.counts))
         stats = self.allocate(4 * problem.plan.layout.groups, np.float64, 0)
         cuda.statistics(problem.plan, x, stats, mask, stream=0, workspace=self.workspace)
         return np.array(self.view(stats)).reshape(4, -1)
@@ -202,7 +206,7 @@ class Device:
         cuda.backward(
             plan, self.span_of(problem.dy, shift), self.span_of(problem.x, shift), dx,
             self.span_of(problem.weight, shift), mean, rstd, gradients[0], (*gradients, None)[1],
-            self.span_of(problem.mask, shift), fixed, stream=0, workspace=self.workspace,
+            self.span_of(problem.counts, shift), fixed, stream=0, workspace=self.workspace,
         )  # fmt: skip
         dweight, dbias = (np.array(self.view(g)) for g in (gradients[0], gradients[-1]))
         return self.back(problem, dx), dweight, dbias if problem.case.centred else None

@@ -179,9 +179,7 @@ def _loader(name: str, lane: Any, vector: int, count: int, rule: str) -> Any:
 
 
 @cache
-def _affine_storer(
-    name: str, lane: Any, vector: int, count: int, rule: str, weight: str, bias: str
-) -> Any:
+def _affine_storer(name: str, lane: Any, vector: int, count: int, rule: str, weight: str, bias: str) -> Any:
     dtype, scalar = dtype_of(name), _scalar_type(lane)
     gathers = [_gatherer(kind or "piece", lane, vector, count, rule) for kind in (weight, bias)]
 
