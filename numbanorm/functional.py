@@ -200,8 +200,18 @@ def group_norm(
     """
     options = (integer(channel_axis, "channel_axis"), integer(num_groups, "num_groups"), None)
     calls = calls_for(x, stream)
-    own = {"mask": mask, "out": out, "return_stats": return_stats}
-    return calls.run("group", options, x, *calls.as_input(x, "x"), weight, bias, check_eps(eps), **own)
+    return calls.run(
+        "group",
+        options,
+        x,
+        *calls.as_input(x, "x"),
+        weight,
+        bias,
+        check_eps(eps),
+        mask=mask,
+        out=out,
+        return_stats=return_stats,
+    )
 
 
 def layer_norm(
@@ -276,8 +286,20 @@ def layer_norm(
     calls = calls_for(x, stream)
     source, form = calls.as_input(x, "x")
     options = (1, None, normalized_axes(source.shape, normalized_shape, axis))
-    own = {"mask": mask, "residual": residual, "out": out, "return_stats": return_stats}
-    return calls.run("layer", options, x, source, form, weight, bias, check_eps(eps), **own)
+    return calls.run(
+        "layer",
+        options,
+        x,
+        source,
+        form,
+        weight,
+        bias,
+        check_eps(eps),
+        mask=mask,
+        residual=residual,
+        out=out,
+        return_stats=return_stats,
+    )
 
 
 def rms_norm(
@@ -336,8 +358,9 @@ def rms_norm(
     source, form = calls.as_input(x, "x")
     options = (1, None, normalized_axes(source.shape, normalized_shape, axis))
     eps = form.epsilon if eps is None else check_eps(eps)
-    own = {"residual": residual, "out": out, "return_stats": return_stats}
-    return calls.run("rms", options, x, source, form, weight, None, eps, **own)
+    return calls.run(
+        "rms", options, x, source, form, weight, None, eps, residual=residual, out=out, return_stats=return_stats
+    )
 
 
 def batch_norm_backward(

@@ -133,6 +133,11 @@ class Norm(metaclass=_Dispatch):
             return cuda_module("layers").forward(self, x, mask, residual, out)
         if not self.training:
             return self._run(x, mask, residual, out, False)
+        if residual is None and out is None:
+            results = self._run(x, mask, None, None, True)
+            mean = results[1] if len(results) == 3 else None
+            self._last = _Last(x, mean, results[-1], mask, False, False)
+            return results[0]
         y, *rest = self._run(x, mask, residual, out, True)
         total = None if residual is None else rest.pop()
         mean = rest[0] if len(rest) > 1 else None
