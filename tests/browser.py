@@ -33,17 +33,17 @@ def served(folder: Path) -> Iterator[str]:
 @contextmanager
 def chromium() -> Iterator[Any]:
     """Yield a selenium driver of the Chromium that is installed, with logs of the network and the console; or skip."""
-    selenium = pytest.importorskip("selenium", reason="selenium is not installed (it is in the bench extra)")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (it is in the bench extra)")
     browser, driver = shutil.which("chromium") or shutil.which("chromium-browser"), shutil.which("chromedriver")
     if browser is None or driver is None:
         pytest.skip("no browser: expected chromium and chromedriver on the path (Debian: chromium, chromium-driver)")
-    options = selenium.webdriver.ChromeOptions()
+    options = webdriver.ChromeOptions()
     options.binary_location = browser
     for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=1400,1000"):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    service = selenium.webdriver.ChromeService(driver)
-    with selenium.webdriver.Chrome(options, service) as opened:
+    service = webdriver.ChromeService(driver)
+    with webdriver.Chrome(options, service) as opened:
         yield opened
 
 
