@@ -26,6 +26,7 @@ from .layout import Layout
 from .moments import Moments
 from .norm import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, Norm, RMSNorm
 from .threads import get_num_threads, set_num_threads
+from .warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -51,4 +52,5 @@ __all__ = [
     "rms_norm_backward",
     "set_num_threads",
     "show_config",
+    "warmup",
 ]

@@ -11,6 +11,7 @@ import numpy as np
 from .backends import on_cuda
 from .dtypes import Format, format_of, is_float
 from .plan import Placement, Plan
+from .pool import POOL
 
 Back = Callable[[np.ndarray], Any]
 
@@ -204,5 +205,5 @@ def fresh(plan: Plan, dtype: np.dtype[Any]) -> np.ndarray:
     """Return a new output, in the order of memory of the input."""
     layout = plan.layout
     if plan.inverse is None:
-        return np.empty(layout.shape, dtype)
-    return np.empty([layout.shape[a] for a in layout.order], dtype).transpose(plan.inverse)
+        return POOL.empty(layout.shape, dtype)
+    return POOL.empty(tuple(layout.shape[a] for a in layout.order), dtype).transpose(plan.inverse)

@@ -1,4 +1,4 @@
-"""The commands ``numbanorm explain``, ``numbanorm demo`` and ``numbanorm info``."""
+"""The commands ``numbanorm explain``, ``demo``, ``warmup`` and ``info``."""
 
 from __future__ import annotations
 
@@ -113,6 +113,28 @@ def info() -> None:
     from .config import config
 
     _print_pairs(_console(), config().items())
+
+
+@cli.command(short_help="Compile the kernels ahead.")
+@click.option("--norms", metavar="NORM,...", default=",".join(NORMS), show_default=True, help="Norms to compile.")
+@click.option("--dtypes", metavar="DTYPE,...", default="float32", show_default=True, help="Dtypes of the inputs.")
+@click.option("--forward", is_flag=True, help="Leave out the kernels that training needs.")
+def warmup(norms: str, dtypes: str, forward: bool) -> None:
+    """Compile the kernels ahead, into the cache on disk, so that no program has to wait for them."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from .warmup import warmup as compile_ahead
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    console = _console()
+    with _one_line_errors(), Progress(*columns, console=console) as bar:
+        task = bar.add_task("compiling")
+
+        def show(done: int, total: int, name: str) -> None:
+            bar.update(task, completed=done, total=total, description=f"{name or 'done':<40}")
+
+        split = (text.strip() for text in norms.split(","))
+        compile_ahead(split, [d.strip() for d in dtypes.split(",")], backward=not forward, progress=show)
 
 
 def _console() -> Console:

@@ -11,6 +11,7 @@ from typing import Any
 import llvmlite.binding
 import numba
 
+from .pool import POOL
 from .threads import get_num_threads
 
 _numba: Any = numba  # its own annotations leave out what is asked of it here
@@ -45,6 +46,7 @@ def config() -> dict[str, str]:
         "threads": f"{get_num_threads()} of {_numba.config.NUMBA_NUM_THREADS}",
         "threading layer": _threading_layer(),
         "cache": _cache(),
+        "pool": f"keeps up to {POOL.limit / 1e6:,.0f} MB of outputs' memory for reuse (NUMBANORM_POOL)",
         "gpu": "not used: this version has kernels for the CPU only",
     }
 

@@ -55,3 +55,29 @@ def is_float(dtype: np.dtype[Any]) -> bool:
     """Tell whether a weight or a gradient may have this dtype."""
     form = format_of(dtype)
     return form is not None and form.is_float
+
+
+def float_dtype(value: Any) -> np.dtype[Any]:
+    """Return a float dtype that the norms take, also bfloat16 by its name.
+
+    Raises
+    ------
+    ValueError
+        If it is none.
+
+    Examples
+    --------
+    >>> float_dtype("float32")
+    dtype('float32')
+    """
+    try:
+        if value == "bfloat16":
+            import ml_dtypes
+
+            value = ml_dtypes.bfloat16
+        dtype = np.dtype(value)
+    except (TypeError, ImportError) as error:
+        raise ValueError(f"dtype: expected one of {', '.join(sorted(FLOATS))}, got {value!r} ({error})") from error
+    if not is_float(dtype):
+        raise ValueError(f"dtype: expected one of {', '.join(sorted(FLOATS))}, got {value!r}")
+    return dtype

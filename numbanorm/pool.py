@@ -1,0 +1,152 @@
+"""A pool of memory for large outputs: fresh pages cost more than a kernel does.
+
+The system clears every page before it hands it out: an output of 16 MiB costs 2 ms that way, normalizing it 2 ms. So
+the memory of an output goes back to a pool when the last array that looks at it is gone, views and exports included,
+and the next output of about that size takes it. Nothing is shared, and nothing handed out that anybody can still see.
+
+The environment variable ``NUMBANORM_POOL`` bounds the memory that the pool keeps while nobody uses it: bytes, or
+``"64M"``, ``"2G"``; ``0`` switches it off. The default is a sixteenth of the machine's memory.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict, deque
+from math import prod
+from typing import Any
+
+import numpy as np
+
+SMALLEST = 1 << 20
+"""Bytes from which an output comes from the pool: below, malloc itself reuses memory."""
+
+ALIGNMENT = 64
+"""Bytes: what is streamed past the caches must start with a cache line."""
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+def limit_from(text: str) -> int:
+    """Return a number of bytes.
+
+    Parameters
+    ----------
+    text : str
+        Digits, and K, M or G after them for powers of 1024.
+
+    Raises
+    ------
+    ValueError
+        If it is anything else.
+
+    Examples
+    --------
+    >>> limit_from("64M")
+    67108864
+    """
+    digits = text.strip().upper().removesuffix("B").removesuffix("I")
+    unit = digits[-1:] if digits[-1:] in ("K", "M", "G") else ""
+    if not digits.removesuffix(unit).isdecimal():
+        raise ValueError(f"NUMBANORM_POOL: expected a number of bytes such as 0, 64M or 2G, got {text!r}")
+    return int(digits.removesuffix(unit)) * _UNITS[unit]
+
+
+class _Lease:
+    """Memory that is in use. Every array over it keeps this object alive; with it goes the last of them."""
+
+    __slots__ = ("__array_interface__", "_block", "_pool")
+
+    def __init__(self, pool: Pool, block: np.ndarray, size: int) -> None:
+        self._pool = pool
+        self._block = block
+        start: int = block.__array_interface__["data"][0]
+        self.__array_interface__ = {
+            "shape": (size,),
+            "typestr": "|u1",
+            "data": (start + -start % ALIGNMENT, False),
+            "version": 3,
+        }
+
+    def __del__(self) -> None:
+        self._pool.give_back(self._block)
+
+
+class Pool:
+    """Blocks of memory by size, the longest unused first.
+
+    Parameters
+    ----------
+    limit : int
+        Bytes to keep while they are not in use.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.kept = 0
+        self._free: OrderedDict[int, np.ndarray] = OrderedDict()  # by address, in the order of return
+        self._returned: deque[np.ndarray] = deque()
+        self._lock = threading.Lock()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._after_fork)
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+        """Return a C-ordered array of undefined content, as `numpy.empty` does; its memory may be a reused block."""
+        size = prod(shape) * dtype.itemsize
+        if size < SMALLEST or self.limit == 0:
+            return np.empty(shape, dtype)
+        return np.asarray(_Lease(self, self._take(size), size)).view(dtype).reshape(shape)
+
+    def clear(self) -> None:
+        """Give what is kept back to the system."""
+        with self._lock:
+            self._settle()
+            self._free.clear()
+            self.kept = 0
+
+    def give_back(self, block: np.ndarray) -> None:
+        """Take a block that nobody looks at any more. May run at any time, as garbage collection does."""
+        self._returned.append(block)
+        if self._lock.acquire(blocking=False):  # whoever holds it now, or takes next, settles
+            try:
+                self._settle()
+            finally:
+                self._lock.release()
+
+    def _take(self, size: int) -> np.ndarray:
+        step = 1 << max(size.bit_length() - 4, 16)  # so that at most an eighth is wasted
+        wanted = -(-size // step) * step + ALIGNMENT
+        with self._lock:
+            self._settle()
+            for address in reversed(self._free):
+                if self._free[address].nbytes == wanted:
+                    self.kept -= wanted
+                    return self._free.pop(address)
+        try:
+            return np.empty(wanted, np.uint8)
+        except MemoryError:
+            self.clear()
+            return np.empty(wanted, np.uint8)
+
+    def _settle(self) -> None:
+        """Put returned blocks among the free ones, and drop the oldest beyond the limit; under the lock."""
+        while self._returned:
+            block = self._returned.popleft()
+            self._free[block.__array_interface__["data"][0]] = block
+            self.kept += block.nbytes
+        while self.kept > self.limit:
+            self.kept -= self._free.popitem(last=False)[1].nbytes
+
+    def _after_fork(self) -> None:
+        self._lock = threading.Lock()
+
+
+def _usual_limit() -> int:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 16
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return 512 << 20
+
+
+POOL = Pool(limit_from(os.environ["NUMBANORM_POOL"]) if "NUMBANORM_POOL" in os.environ else _usual_limit())
+"""What outputs come from."""

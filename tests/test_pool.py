@@ -1,0 +1,178 @@
+"""The pool of outputs' memory: reused when nobody can see it, and never before."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import numbanorm as nn
+from numbanorm.pool import ALIGNMENT, SMALLEST, Pool, limit_from
+
+SHAPE = (512, 1024)  # 2 MiB of float32
+FLOAT32 = np.dtype(np.float32)
+
+
+def address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]
+
+
+@pytest.fixture
+def pool() -> Iterator[Pool]:
+    made = Pool(16 << 20)
+    yield made
+    made.clear()
+
+
+def test_memory_comes_back_when_the_array_is_gone(pool: Pool) -> None:
+    first = pool.empty(SHAPE, FLOAT32)
+    place = address(first)
+    assert pool.kept == 0
+    del first
+    assert pool.kept > 0
+    assert address(pool.empty(SHAPE, FLOAT32)) == place
+
+
+def test_arrays_are_aligned_writeable_and_of_the_shape_asked_for(pool: Pool) -> None:
+    for shape in (SHAPE, (3, 5, 70_001)):
+        for dtype in (np.dtype(np.float64), np.dtype(np.float16), FLOAT32):
+            array = pool.empty(shape, dtype)
+            assert array.shape == shape
+            assert array.dtype == dtype
+            assert array.flags.carray
+            assert address(array) % ALIGNMENT == 0
+            array[...] = 1
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda a: a[3:5],
+        lambda a: a.T,
+        lambda a: a.reshape(-1)[::7],
+        lambda a: a.view(np.int32),
+        memoryview,
+        lambda a: np.asarray(memoryview(a)),
+        np.from_dlpack,
+        lambda a: np.frombuffer(a, np.uint8),
+        lambda a: np.lib.stride_tricks.as_strided(a, (4,), (4,)),
+        lambda a: [a],
+        lambda a: iter(a),
+        lambda a: a.__array_interface__ and np.asarray(a, copy=False),
+    ],
+)
+def test_memory_that_can_be_seen_is_not_reused(pool: Pool, look: Any) -> None:
+    first = pool.empty(SHAPE, FLOAT32)
+    place = address(first)
+    seen = look(first)
+    del first
+    gc.collect()
+    others = [pool.empty(SHAPE, FLOAT32) for _ in range(4)]
+    assert all(address(other) != place for other in others)
+    del seen, others
+    gc.collect()
+    assert place in [address(array) for array in [pool.empty(SHAPE, FLOAT32) for _ in range(6)]]
+
+
+@pytest.mark.torch
+def test_a_tensor_keeps_its_memory(pool: Pool) -> None:
+    torch = pytest.importorskip("torch")
+    first = pool.empty(SHAPE, FLOAT32)
+    first[...] = 7
+    tensor = torch.from_numpy(first)[5:]
+    del first
+    gc.collect()
+    for _ in range(4):
+        pool.empty(SHAPE, FLOAT32)[...] = 1
+    assert bool((tensor == 7).all())
+
+
+def test_the_limit_holds_and_the_longest_unused_go_first(pool: Pool) -> None:
+    arrays = [pool.empty((1 << 20,), FLOAT32) for _ in range(8)]  # 4 MiB each, 16 may stay
+    places = [address(array) for array in arrays]
+    while arrays:
+        del arrays[0]
+    assert pool.kept <= pool.limit
+    assert address(pool.empty((1 << 20,), FLOAT32)) == places[-1]
+    big = pool.empty((8 << 20,), FLOAT32)
+    del big
+    assert pool.kept <= pool.limit
+
+
+def test_small_arrays_and_a_pool_of_nothing_stay_with_numpy() -> None:
+    assert Pool(1 << 30).empty((SMALLEST // 4 - 1,), FLOAT32).flags.owndata
+    assert Pool(0).empty(SHAPE, FLOAT32).flags.owndata
+
+
+def test_garbage_that_is_collected_inside_the_pool(pool: Pool) -> None:
+    """A lease may die while the pool's lock is held by the same thread."""
+    array = pool.empty(SHAPE, FLOAT32)
+    with pool._lock:
+        del array
+    assert address(pool.empty(SHAPE, FLOAT32))
+    assert not pool._returned
+
+
+def test_threads(pool: Pool) -> None:
+    wrong = []
+
+    def work(number: int) -> None:
+        rng = np.random.default_rng(number)
+        held: list[tuple[np.ndarray, float]] = []
+        for step in range(300):
+            array = pool.empty((int(rng.integers(1, 4)) << 18,), FLOAT32)
+            value = number * 1000.0 + step
+            array[::4096] = value
+            held.append((array[::4096], value))
+            if len(held) > 3:
+                view, expected = held.pop(int(rng.integers(0, 4)))
+                if not (view == expected).all():
+                    wrong.append(value)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert pool.kept <= pool.limit
+
+
+def test_outputs_of_norms_are_not_overwritten_by_later_calls() -> None:
+    x = np.random.default_rng(0).standard_normal((1024, 1024), np.float32)
+    results = [nn.layer_norm(x + i, 1024) for i in range(3)]
+    copies = [result.copy() for result in results]
+    views = [result[::2, 5:] for result in results]
+    del results
+    for i in range(5):
+        nn.layer_norm(x * i, 1024)
+    for view, copy in zip(views, copies, strict=True):
+        np.testing.assert_array_equal(view, copy[::2, 5:])
+
+
+@pytest.mark.parametrize(
+    ("text", "limit"), [("0", 0), ("4096", 4096), ("64M", 64 << 20), ("2g", 2 << 30), ("1KiB", 1024)]
+)
+def test_limits(text: str, limit: int) -> None:
+    assert limit_from(text) == limit
+
+
+@pytest.mark.parametrize("text", ["", "many", "-1", "1.5G", "M"])
+def test_wrong_limits(text: str) -> None:
+    with pytest.raises(ValueError, match="NUMBANORM_POOL: expected a number of bytes"):
+        limit_from(text)
+
+
+@pytest.mark.parametrize(("value", "owns"), [("0", True), ("64M", False)])
+def test_the_environment_switches_it(value: str, owns: bool) -> None:
+    code = "import numpy as np, numbanorm as nn; print(nn.layer_norm(np.ones((1024, 1024)), 1024).flags.owndata)"
+    environment = {**os.environ, "NUMBANORM_POOL": value}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == str(owns)
