@@ -17,7 +17,7 @@ from . import launch, memory
 from .launch import Call, Columns, item_size
 from .memory import Span
 from .toolchain import Kernel, cuda, device, types
-from .welford import GAIN, SAFE, SMALL, moments, rstd_of, table_moments
+from .welford import GAIN, SAFE, SMALL, moments, rstd_function, table_moments
 
 
 @cache
@@ -37,6 +37,7 @@ def moments_kernel(c: Columns) -> Kernel:
     widened = _identity if c.wide else ln.widened
     least, most, small = scalar(SAFE[lane][0]), scalar(SAFE[lane][1]), scalar(SMALL[lane])
     up, down, one, zero = scalar(GAIN[lane]), scalar(1 / GAIN[lane]), scalar(1), scalar(0)
+    high, low = np.float64(1 / GAIN[lane]), np.float64(GAIN[lane])
     ints = np.int64
     across, below, vector = np.int64(c.across), np.int64(c.block // c.across), np.int64(c.vector)
     width = np.int64(c.across * c.vector)
@@ -87,7 +88,7 @@ def moments_kernel(c: Columns) -> Kernel:
                 break
             gain = pick(good < one, pick(squares < one, like(n, up), like(n, down)), gain)
         back = like(widened(n), 1.0)
-        for_up, for_down = like(back, 1.0 / np.float64(up)), like(back, 1.0 / np.float64(down))
+        for_up, for_down = like(back, high), like(back, low)
         back = pick(gain > one, for_up, pick(gain < one, for_down, back))
         at = ty * width + number % across * vector
         put(shared, at, widened(n))
@@ -114,7 +115,7 @@ def moments_kernel(c: Columns) -> Kernel:
 @cache
 def close_kernel(team: int, block: int) -> Kernel:
     """Return the kernel that merges the table's entries of every group into its statistics."""
-    from_table = table_moments(team)
+    from_table, rstd_of = table_moments(team), rstd_function()
     write_number = memory.write_number
     step, teams = np.int64(team), np.int64(block // team)
     ints = np.int64
@@ -150,7 +151,7 @@ def spread(c: Columns):
     widened = _identity if c.wide else ln.widened
     pick, like = ln.pick, ln.like
     lane = types.float64 if c.wide else types.float32
-    up, large = GAIN[lane], GAIN[lane] ** 0.75
+    up, down, large, small = GAIN[lane], 1 / GAIN[lane], GAIN[lane] ** 0.75, GAIN[lane] ** -0.75
     centred = c.centred
     ints = np.int64
 
@@ -162,8 +163,8 @@ def spread(c: Columns):
         if centred:
             mean = gather(means + group * 8, column, *place, R1, K1)
         one = like(rstd, 1.0)
-        gain = pick(rstd > large, like(rstd, up), pick(rstd < 1.0 / large, like(rstd, 1.0 / up), one))
-        back = pick(rstd > large, like(rstd, 1.0 / up), pick(rstd < 1.0 / large, like(rstd, up), one))
+        gain = pick(rstd > large, like(rstd, up), pick(rstd < small, like(rstd, down), one))
+        back = pick(rstd > large, like(rstd, down), pick(rstd < small, like(rstd, up), one))
         mean = mean * gain
         hi = narrowed(mean)
         return narrowed(gain), hi, narrowed(mean - widened(hi)), narrowed(rstd * back)

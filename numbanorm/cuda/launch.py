@@ -20,36 +20,38 @@ WORD = 16
 
 
 class Rung(NamedTuple):
-    """Groups of up to so many elements, and the threads and registers that serve one."""
+    """Groups of up to so many elements, and the threads that serve one."""
 
     elements: int
     team: int
     each: int  # elements a thread
-    registers: int  # a thread may use: with more, fewer threads would run than are needed to keep memory busy
 
 
 LADDER = (
-    Rung(32, 4, 8, 80),
-    Rung(64, 8, 8, 80),
-    Rung(128, 16, 8, 80),
-    Rung(256, 32, 8, 80),
-    Rung(512, 32, 16, 96),
-    Rung(1024, 32, 32, 128),
-    Rung(2048, 128, 16, 96),
-    Rung(4096, 256, 16, 96),
-    Rung(8192, 512, 16, 96),
-    Rung(16384, 512, 32, 128),
+    Rung(32, 4, 8),
+    Rung(64, 8, 8),
+    Rung(128, 16, 8),
+    Rung(256, 32, 8),
+    Rung(512, 32, 16),
+    Rung(1024, 32, 32),
+    Rung(2048, 128, 16),
+    Rung(4096, 256, 16),
+    Rung(8192, 512, 16),
+    Rung(16384, 512, 32),
 )
 """Groups that registers hold, float32 lanes (float64: half as many elements at each step).
 
-A multiprocessor has 64 Ki registers and must have some 40 KB of loads under way to keep 3 TB/s busy at 600 ns. A thread
-with 8, 16 or 32 elements under way (32 to 128 bytes) and at most 80, 96 or 128 registers makes 26, 42 or 65 KB. Up to
-1024 elements a warp needs no barrier. Teams of 1024 threads would have to make do with 64 registers, which 16 elements
-and their moments exceed.
+To keep 3 TB/s busy, half of it reads, at a latency of 600 ns, each of 132 multiprocessors needs about 7 KB of loads
+under way. A thread has 32, 64 or 128 bytes under way and, within `BUDGET`, a multiprocessor has room for 512 threads or
+more: 16 KB at least. Up to 1024 elements a warp serves a group, and no thread waits at a barrier. Teams of 1024 threads
+would have to make do with 64 registers, which 16 elements and their moments exceed.
 """
 
-STREAM = Rung(0, 512, 16, 96)
+STREAM = Rung(0, 512, 16)
 """Groups beyond the ladder are read tile by tile, and once more for the output, from L2 while 132 groups fit in it."""
+
+BUDGET = {8: 96, 16: 128, 32: 160}
+"""Registers a thread may use, by the 32-bit numbers that it has of each array; tests hold that no kernel spills."""
 
 NARROW_BLOCK = 128
 """Threads of a block of several teams: 4 warps, so that the last block of a launch wastes little."""
@@ -89,6 +91,7 @@ class Rows(NamedTuple):
     centred: bool = True
     split: bool = False  # groups are cut into chunks
     kept: bool = False  # K1 is not 1
+    registers: int = 255  # a thread may use
 
 
 class Call(NamedTuple):
@@ -207,6 +210,8 @@ def rows(plan: Plan, call: Call, takes: str, leaves: str, writes: bool) -> Launc
     pieces = r0 * r1 // vector
     part = 2 if wide else 1
     rung = next((r for r in LADDER if layout.count * part <= r.elements), STREAM)
+    if rung is LADDER[-1] and not flat:
+        rung = STREAM  # the offsets of runs would not fit in registers beside 32 elements
     held = rung is not STREAM
     count = max(1, rung.each // part // vector)
     chunk = chunk_elements(plan) if not held else layout.count
@@ -236,6 +241,7 @@ def rows(plan: Plan, call: Call, takes: str, leaves: str, writes: bool) -> Launc
         centred=layout.centred,
         split=split,
         kept=k1 > 1,
+        registers=BUDGET[rung.each],
     )
     numbers = (
         units, chunks, chunk_pieces, pieces, r1 // vector, k1, r0 * k1 * r1, r1,

@@ -27,15 +27,15 @@ from .launch import (
 )
 
 FUSED = (
-    Rung(32, 4, 8, 96),
-    Rung(64, 8, 8, 96),
-    Rung(128, 16, 8, 96),
-    Rung(256, 32, 8, 96),
-    Rung(512, 64, 8, 96),
-    Rung(1024, 128, 8, 96),
-    Rung(2048, 256, 8, 96),
-    Rung(4096, 256, 16, 128),
-    Rung(8192, 512, 16, 128),
+    Rung(32, 4, 8),
+    Rung(64, 8, 8),
+    Rung(128, 16, 8),
+    Rung(256, 32, 8),
+    Rung(512, 64, 8),
+    Rung(1024, 128, 8),
+    Rung(2048, 256, 8),
+    Rung(4096, 256, 16),
+    Rung(8192, 512, 16),
 )
 """Rows whose x, dy, dweight and dbias registers hold, four numbers an element; float64: half as many elements.
 
@@ -151,7 +151,8 @@ def rows_backward(plan: Plan, call: Call) -> BackwardPlan:
         "centred": layout.centred,
         "fixed": call.fixed,
     }
-    rung = next((r for r in FUSED if r1 * part <= r.elements), None)
+    # Read one by one, 16 elements and their addresses would not fit in registers.
+    rung = next((r for r in FUSED if r1 * part <= r.elements and (vector > 1 or r.each <= 8)), None)
     if along and r0 == 1 and k1 == 1 and rung is not None:
         count = max(1, rung.each // part // vector)
         block = block_of(rung.team, FUSED_BLOCK)
@@ -178,9 +179,7 @@ def rows_backward(plan: Plan, call: Call) -> BackwardPlan:
         if units < SPLIT_BELOW:
             chunk = min(max(MIN_CHUNK, -(-plan.size // SPLIT_BLOCKS)), SUM_CHUNK)
         chunk_pieces = -(-min(chunk, elements) // (tile * vector)) * tile
-        choice = Backward(
-            *fields, count, found.team, block_of(found.team), rule="flat" if flat else "runs", **common
-        )
+        choice = Backward(*fields, count, found.team, block_of(found.team), rule="flat" if flat else "runs", **common)
         return choice, pieces, -(-pieces // chunk_pieces), chunk_pieces
 
     parts = {}

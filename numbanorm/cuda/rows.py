@@ -21,8 +21,8 @@ from .welford import (
     gain_for_rstd,
     gain_of,
     moments,
-    rstd_of,
-    settled,
+    inverse_gain,
+    rstd_function,
     table_moments,
     team,
     trust,
@@ -71,6 +71,7 @@ def kernel(c: Rows) -> Kernel:
     whole_tile = np.int64(c.team * c.count)
     step = np.int64(c.team)
     source_size, result_size = item_size(c.source), item_size(c.result)
+    inverse_of, rstd_of = inverse_gain(lane), rstd_function()
     ints = np.int64
 
     @device
@@ -146,7 +147,8 @@ def kernel(c: Rows) -> Kernel:
                 if held:
                     tile = tile * gain
             count = np.float64(n)
-            mean, m2 = settled(hi, lo, squares, gain)
+            back = inverse_of(gain)
+            mean, m2 = (np.float64(hi) + np.float64(lo)) * back, np.float64(squares) * back * back
         elif from_stats:
             mean = read_number(stats, groups + group)
             rstd = read_number(stats, 3 * groups + group)
@@ -168,7 +170,7 @@ def kernel(c: Rows) -> Kernel:
             if not from_x:
                 gain = gain_to_apply(rstd)
                 hi, lo = mean_in_lanes(mean * np.float64(gain))
-            scale = scalar(rstd / np.float64(gain))
+            scale = scalar(rstd * inverse_of(gain))
             p = start
             while p - thread < limit:
                 if held:
@@ -188,7 +190,7 @@ def kernel(c: Rows) -> Kernel:
                     break
                 p += whole_tile
 
-    return Kernel(rows, c.block)
+    return Kernel(rows, c.block, c.registers)
 
 
 def _launch(part: Launch, addresses: tuple[int, ...], table: int, eps: float, stream: int) -> None:

@@ -31,14 +31,15 @@ from .launch_backward import Backward, Merge
 from .launch_backward import rows_backward as rows_choices
 from .memory import Span
 from .toolchain import Kernel, cuda, device, types
-from .welford import add, gain_for_rstd, team
+from .welford import add, gain_for_rstd, inverse_gain, team
 
 
 @cache
 def statistics_of(c: Backward):
     """Return the function that reads a group's (gain, hi, lo, scale): ``h = ((x * gain - hi) - lo) * scale``."""
     scalar = np.float64 if c.wide else np.float32
-    gain_to_apply = gain_for_rstd(types.float64 if c.wide else types.float32)
+    lane = types.float64 if c.wide else types.float32
+    gain_to_apply, inverse_of = gain_for_rstd(lane), inverse_gain(lane)
     read_number = memory.read_number
     centred = c.centred
 
@@ -50,7 +51,7 @@ def statistics_of(c: Backward):
         if centred:
             m = read_number(mean, group) * np.float64(gain)
         hi = scalar(m)
-        return gain, hi, scalar(m - np.float64(hi)), scalar(r / np.float64(gain))
+        return gain, hi, scalar(m - np.float64(hi)), scalar(r * inverse_of(gain))
 
     return read
 
@@ -71,6 +72,7 @@ def fused_kernel(c: Backward) -> Kernel:
     statistics = statistics_of(c)
     merged = team(lane, c.team, add)
     fold, count_of, choose, tile = ln.fold(1), ln.count(1, lane), ln.choose, ln.tile(width)
+    inverse = ln.inverse
     weighted, centred, fixed = c.weight, c.centred, c.fixed
     step, teams = np.int64(c.team), c.block // c.team
     source_size, result_size, lane_size = item_size(c.source), item_size(c.result), item_size(name)
@@ -106,7 +108,7 @@ def fused_kernel(c: Backward) -> Kernel:
                 a, b, n, none = merged(fold(d), fold(d * h), count_of(chosen), zero)
                 share = zero
                 if n > zero:
-                    share = scalar(1.0 / np.float64(n))
+                    share = inverse(n)
                 if not centred:
                     a = zero
                 d = d - choose(chosen, h * (b * share) + a * share)
@@ -213,7 +215,7 @@ def emit_kernel(c: Backward) -> Kernel:
     statistics = statistics_of(c)
     choose = ln.choose
     weighted = c.weights != ""
-    fixed = c.fixed
+    fixed, zero = c.fixed, scalar(0)
     step, teams = np.int64(c.team), np.int64(c.block // c.team)
     whole_tile = np.int64(c.team * c.count)
     source_size, result_size = item_size(c.source), item_size(c.result)
@@ -238,6 +240,10 @@ def emit_kernel(c: Backward) -> Kernel:
             dy_at = dy + (k0 * dy_K0 + k1 * dy_K1) * result_size
             dx_at = dx + flat * result_size
             mask_at = mask + k0 * mask_K0 + k1 * mask_K1
+            a = b = zero
+            if not fixed:
+                a = scalar(read_number(sums, group))
+                b = scalar(read_number(sums, groups + group))
             p = chunk * chunk_pieces + thread
             limit = min((chunk + 1) * chunk_pieces, pieces)
             while p < limit:
@@ -247,8 +253,6 @@ def emit_kernel(c: Backward) -> Kernel:
                 if not fixed:
                     h = ((load_x(x_at, p, step, limit, run, x_R0) * gain - hi) - lo) * scale
                     chosen = chosen_of(mask_at, p, step, limit, run, mask_R0)
-                    a = scalar(read_number(sums, group))
-                    b = scalar(read_number(sums, groups + group))
                     d = d - choose(chosen, h * b + a)
                 store_dx(dx_at, p, step, limit, run, packed_R0, d * scale * gain)
                 p += whole_tile

@@ -24,7 +24,7 @@ def groups_kernel(threads: int, block: int, wide: bool, weighted: bool, centred:
     lane = types.float64 if wide else types.float32
     weight_of = memory.gatherer("element", lane, 1, 1, "flat")
     read_number, write_number, fold = memory.read_number, memory.write_number, ln.fold(1)
-    merged = team(types.float64, threads, add)
+    merged, inverse = team(types.float64, threads, add), ln.inverse
     step, teams = np.int64(threads), np.int64(block // threads)
     ints = np.int64
 
@@ -57,7 +57,7 @@ def groups_kernel(threads: int, block: int, wide: bool, weighted: bool, centred:
         if not counted:
             n = np.float64(count)
         # Where nothing counts, as in inference, the statistics do not depend on x.
-        share = 1.0 / n if n > 0.0 else 0.0
+        share = inverse(n) if n > 0.0 else 0.0
         if number % step == 0 and there:
             write_number(sums, group, a * share if centred else 0.0)
             write_number(sums, groups + group, b * share)

@@ -34,6 +34,9 @@ __all__ = [
     "unavailable_reason",
 ]
 
+REGISTERS = 1 << 16
+"""Registers of a multiprocessor: a block whose threads would need more cannot be launched."""
+
 SIMULATED = bool(config.ENABLE_CUDASIM)
 """Whether kernels run in Numba's simulator, as the tests have them do where there is no GPU."""
 
@@ -71,12 +74,15 @@ class Kernel:
         The kernel's Python code.
     threads : int
         Threads of a block.
+    registers : int, optional
+        Registers that a thread may use.
     """
 
-    def __init__(self, function: Callable[..., None], threads: int) -> None:
+    def __init__(self, function: Callable[..., None], threads: int, registers: int = 255) -> None:
         self.threads = threads
+        self.registers = min(registers, REGISTERS // threads, 255)
         self.function = function
-        self._dispatcher = cuda.jit(function)
+        self._dispatcher = cuda.jit(function) if SIMULATED else cuda.jit(max_registers=self.registers)(function)
         self._loaded: dict[int, Any] = {}
 
     def __call__(self, blocks: int, stream: int, *arguments: float) -> None:

@@ -15,7 +15,6 @@ References
 
 from __future__ import annotations
 
-import math
 from functools import cache
 from typing import NamedTuple
 
@@ -191,30 +190,39 @@ def gain_of(lane):
 def gain_for_rstd(lane):
     """Return the function that chooses the gain under which a given rstd applies without overflow."""
     scalar = np.float32 if lane == types.float32 else np.float64
-    large = GAIN[lane] ** 0.75
+    large, small = GAIN[lane] ** 0.75, GAIN[lane] ** -0.75
     up, down, one = scalar(GAIN[lane]), scalar(1 / GAIN[lane]), scalar(1)
 
     @device
     def gain(rstd):
-        return up if rstd > large else (down if rstd < 1.0 / large else one)
+        return up if rstd > large else (down if rstd < small else one)
 
     return gain
 
 
-@device
-def settled(hi, lo, m2, gain):
-    """Turn a team's (hi, lo, M2) of values times `gain` into mean and M2, float64."""
-    back = 1.0
-    if gain != 1.0:
-        back = 1.0 / np.float64(gain)
-    return (np.float64(hi) + np.float64(lo)) * back, np.float64(m2) * back * back
+@cache
+def inverse_gain(lane):
+    """Return the function that gives 1/gain, float64."""
+    up, down = GAIN[lane], 1 / GAIN[lane]
+
+    @device
+    def inverse(gain):
+        return np.float64(1.0) if gain == 1.0 else (np.float64(down) if gain > 1.0 else np.float64(up))
+
+    return inverse
 
 
-@device
-def rstd_of(count, m2, eps):
-    """Return 1/sqrt(variance + eps) with the biased variance; an empty group has variance 0."""
-    variance = m2 / count if count > 0.0 else 0.0
-    return np.float64(1.0) / math.sqrt(variance + eps)
+@cache
+def rstd_function():
+    """Return the function that gives 1/sqrt(variance + eps), float64; an empty group has variance 0."""
+    inverse, inverse_root = ln.inverse, ln.inverse_root
+
+    @device
+    def rstd(count, m2, eps):
+        variance = m2 * inverse(count) if count > 0.0 else 0.0
+        return inverse_root(variance + eps)
+
+    return rstd
 
 
 @cache

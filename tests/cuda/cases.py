@@ -56,6 +56,8 @@ class Problem:
         self.form = format_of(dtype)
         shape = case.shape
         values = (rng.standard_normal(shape) + case.mean) * case.scale
+        if case.dtype == "bool":
+            values = values > case.mean * case.scale
         self.x = self.laid(values, dtype)
         self.dy = self.laid(rng.standard_normal(shape), self.form.result)
         self.residual = self.laid(rng.standard_normal(shape), dtype) if case.residual else None
@@ -108,13 +110,18 @@ class Problem:
         some = np.maximum(count, 1)
         mean = self.sums(np.where(counted, x, 0), self.group, groups) / some if self.case.centred else 0 * count
         m2 = self.sums(np.where(counted, (x - mean[self.group]) ** 2, 0), self.group, groups)
-        return np.stack([count, mean, m2, 1 / np.sqrt(m2 / some + LONG(eps))])
+        with np.errstate(divide="ignore"):
+            return np.stack([count, mean, m2, 1 / np.sqrt(m2 / some + LONG(eps))])
 
     def normalized(self, x: np.ndarray, stats: np.ndarray) -> np.ndarray:
         y = (x.astype(LONG) - stats[MEAN][self.group]) * stats[RSTD][self.group]
         if self.weight is not None:
             y = y * self.weight.astype(LONG)[self.channel]
         return y if self.bias is None else y + self.bias.astype(LONG)[self.channel]
+
+    def gain(self) -> Any:
+        """Return the size of every element's weight."""
+        return 1.0 if self.weight is None else np.abs(self.weight.astype(float))[self.channel]
 
     def gradients(self, stats: np.ndarray, fixed: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return dx, dweight and dbias."""

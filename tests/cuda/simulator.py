@@ -144,7 +144,8 @@ lanes.like = lambda value, scalar: np.full_like(value, scalar) if isinstance(val
 lanes.choose = lambda choice, value: np.where(choice, value, value.dtype.type(0))
 lanes.narrowed = lambda value: value.astype(np.float32)
 lanes.widened = lambda value: value.astype(np.float64)
-lanes.inverse = lambda value: value.dtype.type(1) / value
+lanes.inverse = lambda value: np.asarray(value).dtype.type(1) / value
+lanes.inverse_root = lambda value: np.float64(1) / np.sqrt(np.float64(value))
 lanes.fold, lanes.count, lanes.first, lanes.tile, lanes.put = _fold, _count, _first, _tile, _put
 
 # --- loads and stores -----------------------------------------------------------------------------------------------

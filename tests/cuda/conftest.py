@@ -1,0 +1,27 @@
+"""The CUDA kernels' tests: in Numba's simulator, on a GPU, and compiled for GPUs that need not be there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+# Helpers, not tests; the simulator must not be imported by chance: it decides how kernels are made.
+collect_ignore = ["simulator.py", "compiled.py", "cases.py", "gpu.py"]
+
+SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+
+
+@pytest.fixture
+def device() -> Iterator[Any]:
+    """Return where the kernels run: the simulator, or the GPU."""
+    if SIMULATED:
+        import simulator as memory
+    else:
+        import gpu as memory
+    from cases import Device
+
+    yield Device(memory.place, memory.allocate, memory.view)
+    memory.clear()

@@ -1,0 +1,330 @@
+"""The kernels' logic: every step of the ladder, every dtype and mask, against formulas in extended precision.
+
+`test_cuda_simulator` runs this file in Numba's simulator, in a process of its own; ``pytest -m gpu`` on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+toolchain = pytest.importorskip("numbanorm.cuda.toolchain", exc_type=ImportError)
+
+import numpy as np  # noqa: E402
+from cases import COUNT, M2, MEAN, RSTD, Case, Device, Problem  # noqa: E402
+
+from numbanorm.cuda import launch, launch_backward  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+if not toolchain.SIMULATED and not toolchain.available():
+    pytest.skip(f"no GPU: {toolchain.unavailable_reason()}", allow_module_level=True)
+
+EPS = 1e-5
+
+OUTPUT = {"float64": 1e-12, "float32": 1e-6, "float16": 5e-4, "bfloat16": 4e-3}
+"""Error of the output as a share of its scale: that of the CPU; half a unit in the last place for the halves."""
+
+GRADIENT = {"float64": 1e-11, "float32": 2e-6, "float16": 5e-4, "bfloat16": 4e-3}
+"""The same of dx: five roundings and two averages."""
+
+SUMS = {"float64": 1e-11, "float32": 2e-6}
+"""Error of dweight, dbias and of M2 and rstd, by the lane type, as a share of the largest."""
+
+ROWS = [
+    # A step of the ladder each, up to its end or ragged; float64 takes half as many elements.
+    Case("layer", (3, 7), axis=(1,)),
+    Case("layer", (9, 32), axis=(1,)),
+    Case("layer", (17, 62), axis=(1,)),
+    Case("rms", (5, 128), axis=(1,)),
+    Case("layer", (5, 250), axis=(1,)),
+    Case("layer", (3, 512), axis=(1,)),
+    Case("layer", (2, 1023), axis=(1,)),
+    Case("layer", (2, 1024), axis=(1,)),
+    Case("layer", (2, 2044), axis=(1,)),
+    Case("layer", (2, 4096), axis=(1,), dtype="bfloat16"),
+    Case("layer", (1, 8000), axis=(1,)),
+    Case("rms", (1, 16384), axis=(1,), dtype="float16"),
+    Case("layer", (1, 16384 // 2), axis=(1,), dtype="float64"),
+    # Many blocks a group, and with a residual, so that x is replaced between the launches.
+    Case("rms", (1, 20004), axis=(1,), residual=True),
+    Case("batch", (1, 2, 20000)),
+    # Runs: groups of several, weights of several channels a run.
+    Case("batch", (5, 3, 40)),
+    Case("batch", (3, 2, 33), mask="elements"),
+    Case("batch", (4, 1, 40)),
+    Case("instance", (2, 6, 36)),
+    Case("group", (2, 6, 4, 5), num_groups=2),
+    Case("group", (2, 6, 33), num_groups=3, mask="elements"),
+    Case("group", (2, 7, 80), num_groups=2, channel_axis=2),
+    Case("group", (2, 7, 80), num_groups=2, channel_axis=2, mask="rows", dtype="float16"),
+    # Masks, absent weights, residuals, alignment, strides.
+    Case("layer", (5, 100), axis=(1,), mask="elements"),
+    Case("layer", (5, 104), axis=(1,), mask="elements", dtype="bfloat16"),
+    Case("layer", (5, 100), axis=(1,), mask="rows"),
+    Case("layer", (5, 100), axis=(1,), weight=False),
+    Case("layer", (5, 100), axis=(1,), bias=False),
+    Case("layer", (5, 100), axis=(1,), weight=False, bias=False, residual=True, dtype="bfloat16"),
+    Case("rms", (5, 96), axis=(1,), residual=True),
+    Case("layer", (3, 128), axis=(1,), shift=1),
+    Case("layer", (3, 128), axis=(1,), shift=2, dtype="float16"),
+    Case("layer", (3, 96), axis=(1,), order="sliced"),
+    Case("layer", (40, 5), axis=(0,), order="F"),
+    Case("layer", (3, 4, 40), axis=(1, 2)),
+]
+
+COLUMNS = [
+    Case("batch", (40, 16)),
+    Case("batch", (1, 7)),
+    Case("batch", (40, 3), mask="elements"),
+    Case("batch", (19, 3, 5), channel_axis=2, mask="rows", dtype="float16"),
+    Case("batch", (9, 5, 260), channel_axis=2, dtype="bfloat16"),
+    Case("batch", (70, 8), dtype="float64", weight=False),
+    Case("batch", (70, 8), bias=False, shift=1),
+    Case("batch", (20, 8), order="sliced"),
+    Case("batch", (24, 12), order="F"),
+    Case("layer", (2, 9, 20), axis=(1,)),
+    Case("layer", (2, 9, 4, 5), axis=(1,), mask="elements"),
+    Case("rms", (2, 9, 20), axis=(1,), dtype="bfloat16"),
+    Case("rms", (6, 40), axis=(0,)),
+    Case("instance", (3, 20, 8), channel_axis=2, dtype="float16"),
+    Case("group", (2, 50, 12), num_groups=3, channel_axis=2),
+    Case("group", (2, 20, 12), num_groups=4, channel_axis=2, mask="elements", dtype="float64"),
+    Case("batch", (40, 3, 5), mask="rows"),
+    Case("batch", (4100, 2)),
+]
+
+DTYPES = ["bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"]
+INTEGERS = [
+    case
+    for dtype in DTYPES
+    for case in (
+        Case("layer", (3, 48), axis=(1,), dtype=dtype, mean=3.0, scale=20.0),
+        Case("batch", (24, 8), dtype=dtype, mean=3.0, scale=20.0),
+    )
+]
+
+
+def name_of(case: Case) -> str:
+    own = [str(v) for k, v in vars(case).items() if k not in ("norm", "shape") and v != getattr(Case, k, None)]
+    return "-".join([case.norm, "x".join(map(str, case.shape)), *own])
+
+
+every_case = pytest.mark.parametrize("case", ROWS + COLUMNS + INTEGERS, ids=name_of)
+float_cases = pytest.mark.parametrize("case", ROWS + COLUMNS + INTEGERS[4:6] + INTEGERS[-4:-2], ids=name_of)
+
+
+def lane_of(problem: Problem) -> str:
+    return str(problem.form.lane)
+
+
+def check_output(y: np.ndarray, expected: np.ndarray, tolerance: float, scale: float = 0.0) -> None:
+    assert np.isfinite(y.astype(np.float64)).all()
+    scale = max(scale, float(np.abs(expected).max())) or 1.0
+    assert np.abs(y.astype(np.longdouble) - expected).max() <= tolerance * scale
+
+
+def check_statistics(stats: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
+    assert (stats[COUNT] == expected[COUNT]).all()
+    deviation = np.sqrt(expected[M2] / np.maximum(expected[COUNT], 1))
+    assert (
+        np.abs(stats[MEAN] - expected[MEAN]) <= tolerance * np.maximum(deviation, np.abs(expected[MEAN]) * 1e-8)
+    ).all()
+    assert (np.abs(stats[M2] - expected[M2]) <= tolerance * expected[M2]).all()
+    with np.errstate(invalid="ignore"):
+        same = (stats[RSTD] == expected[RSTD]) | (np.abs(stats[RSTD] / expected[RSTD] - 1) <= tolerance)
+    assert same.all()
+
+
+def run_forward(device: Device, problem: Problem) -> None:
+    result, lane = str(problem.form.result), lane_of(problem)
+    y, stats, total = device.forward(problem, EPS)
+    source = problem.x
+    if total is not None:
+        source = total
+        summed = problem.x.astype(np.longdouble) + problem.residual.astype(np.longdouble)
+        check_output(total, summed, OUTPUT[result])
+    expected = problem.statistics(source, EPS)
+    check_statistics(stats, expected, SUMS[lane])
+    check_output(y, problem.normalized(source, expected), OUTPUT[result])
+
+
+@every_case
+def test_forward(device: Device, case: Case) -> None:
+    problem = Problem(case)
+    run_forward(device, problem)
+
+
+@every_case
+def test_statistics(device: Device, case: Case) -> None:
+    problem = Problem(case)
+    check_statistics(device.statistics(problem), problem.statistics(problem.x, 0.0), SUMS[lane_of(problem)])
+
+
+@every_case
+def test_apply(device: Device, case: Case) -> None:
+    problem = Problem(case)
+    stats = problem.statistics(problem.x, EPS) * np.array([[1.0], [1.1], [1.0], [0.9]])
+    check_output(device.apply(problem, stats), problem.normalized(problem.x, stats), OUTPUT[str(problem.form.result)])
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@float_cases
+def test_backward(device: Device, case: Case, fixed: bool) -> None:
+    if fixed and (case.norm != "batch" or case.mask):
+        pytest.skip("only batch norm has statistics that do not depend on x")
+    problem = Problem(case, separable=True)
+    stats = problem.statistics(problem.x, EPS)
+    dx, dweight, dbias = device.backward(problem, stats, fixed)
+    expected = problem.gradients(stats, fixed)
+    # Where dx cancels, as for groups of one, its error is that of the terms.
+    term = float((np.abs(problem.dy).astype(float) * problem.gain() * stats[RSTD][problem.group]).max())
+    check_output(dx, expected[0], GRADIENT[str(problem.form.result)], term)
+    check_output(dweight, expected[1], SUMS[lane_of(problem)])
+    if dbias is not None:
+        check_output(dbias, expected[2], SUMS[lane_of(problem)])
+
+
+@pytest.mark.parametrize("case", [ROWS[4], ROWS[15], COLUMNS[0]], ids=name_of)
+def test_in_place(device: Device, case: Case) -> None:
+    problem = Problem(case)
+    apart, _, _ = device.forward(problem, EPS)
+    same, _, _ = device.forward(problem, EPS, in_place=True)
+    assert (apart == same).all()
+
+
+@pytest.mark.parametrize("case", [ROWS[0], ROWS[15], ROWS[21], COLUMNS[0], COLUMNS[9]], ids=name_of)
+def test_the_same_bits_again(device: Device, case: Case) -> None:
+    """The simulator runs threads in another random order every time; a GPU, in whatever order it does."""
+    problem = Problem(case, separable=True)
+    stats = problem.statistics(problem.x, EPS)
+    first, second = (
+        (*device.forward(Problem(case), EPS)[:2], *device.backward(problem, stats, False)) for _ in range(2)
+    )
+    for a, b in zip(first, second, strict=True):
+        assert (a == b).all()
+
+
+HARD = [
+    Case("layer", (3, 300), axis=(1,)),
+    Case("layer", (1, 2044), axis=(1,)),
+    Case("batch", (3, 2, 40)),
+    Case("batch", (300, 4)),
+    Case("group", (2, 50, 6), num_groups=3, channel_axis=2),
+]
+
+
+def hard_values(kind: str, problem: Problem) -> np.ndarray:
+    values = np.random.default_rng(3).standard_normal(problem.x.shape)
+    if kind == "sorted":
+        return np.sort(values.ravel()).reshape(values.shape) * 1e3
+    if kind == "outlier":
+        values.flat[0] = 1e6
+    return values * {"large": 1e30, "small": 1e-30}.get(kind, 1.0) + {"mean 1e4": 1e4, "mean 1e6": 1e6}.get(kind, 0.0)
+
+
+@pytest.mark.parametrize("kind", ["mean 1e4", "mean 1e6", "sorted", "outlier", "large", "small"])
+@pytest.mark.parametrize("case", HARD, ids=name_of)
+def test_hard_data(device: Device, case: Case, kind: str) -> None:
+    problem = Problem(case)
+    problem.x = problem.laid(hard_values(kind, problem), np.float32)
+    eps = 0.0 if kind in ("large", "small") else EPS
+    y, stats, _ = device.forward(problem, eps)
+    expected = problem.statistics(problem.x, eps)
+    check_statistics(stats, expected, SUMS["float32"])
+    check_output(y, problem.normalized(problem.x, expected), 2e-6)
+
+
+@pytest.mark.parametrize("case", HARD, ids=name_of)
+def test_backward_of_a_large_mean(device: Device, case: Case) -> None:
+    problem = Problem(case, separable=True)
+    problem.x = problem.laid(hard_values("mean 1e6", problem), np.float32)
+    stats = problem.statistics(problem.x, EPS)
+    dx, dweight, _ = device.backward(problem, stats, False)
+    expected = problem.gradients(stats, False)
+    check_output(dx, expected[0], GRADIENT["float32"])
+    check_output(dweight, expected[1], SUMS["float32"])
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e9, 1e-30])
+@pytest.mark.parametrize("case", HARD, ids=name_of)
+def test_equal_elements_have_no_variance(device: Device, case: Case, value: float) -> None:
+    problem = Problem(case)
+    problem.x = problem.laid(np.full(case.shape, value), np.float32)
+    _, stats, _ = device.forward(problem, EPS)
+    assert (stats[M2] == 0).all()
+    assert (stats[MEAN] == float(np.float32(value))).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("case", HARD, ids=name_of)
+def test_nan_and_inf_spoil_their_group_alone(device: Device, case: Case, value: float) -> None:
+    problem = Problem(case)
+    if problem.plan.layout.groups == 1:
+        pytest.skip("there is one group only")
+    problem.x.flat[0] = value
+    y, stats, _ = device.forward(problem, EPS)
+    spoilt = problem.group == problem.group.flat[0]
+    assert np.isnan(y[spoilt]).all()
+    assert np.isfinite(y[~spoilt]).all()
+    assert np.isnan(stats[RSTD]).sum() == 1
+
+
+@pytest.mark.parametrize("case", [ROWS[23], ROWS[16], COLUMNS[2]], ids=name_of)
+def test_nothing_counts(device: Device, case: Case) -> None:
+    problem = Problem(case, separable=True)
+    problem.mask = problem.counts = np.zeros(case.shape, bool)
+    stats = problem.statistics(problem.x, EPS)
+    assert not stats[:3].any()
+    y, found, _ = device.forward(problem, EPS)
+    check_statistics(found, stats, 1e-12)
+    check_output(y, problem.normalized(problem.x, stats), OUTPUT["float32"])
+    dx, _, _ = device.backward(problem, stats, False)
+    check_output(dx, problem.gradients(stats, False)[0], GRADIENT["float32"])
+
+
+@pytest.mark.parametrize(
+    "case", [Case("layer", (300, 8), axis=(1,)), Case("layer", (2, 9, 40), axis=(1,))], ids=name_of
+)
+def test_sums_of_equal_terms(device: Device, case: Case) -> None:
+    """Terms that round the same way every time: float32 may take 64 of them."""
+    problem = Problem(case, separable=True)
+    problem.dy = problem.laid(np.full(case.shape, 0.1), np.float32)
+    stats = problem.statistics(problem.x, EPS)
+    _, _, dbias = device.backward(problem, stats, False)
+    check_output(dbias, problem.gradients(stats, False)[2], 1e-6)
+
+
+def test_the_cases_take_every_way() -> None:
+    """Every step of both ladders, every rule, mask and kind of weights, in rows and columns."""
+    forward, fused, general = set(), set(), set()
+    for case in ROWS + COLUMNS:
+        problem = Problem(case, separable=True)
+        names = str(problem.x.dtype), str(problem.form.result)
+        call = launch.Call(*names, case.weight, problem.bias is not None, bool(case.mask), case.residual)
+        call = call._replace(low=(4,) * 7 if case.shift else ())
+        own = Problem(case)
+        if own.plan.columns:
+            choice = launch.columns(own.plan, call, "moments").choice
+            forward |= {("columns", choice.mask), ("columns", choice.weights), ("columns", choice.vector)}
+        else:
+            choice = launch.rows(own.plan, call, "x", "stats", True).choice
+            each = choice.vector * choice.count * (2 if choice.wide else 1)
+            forward |= {(choice.team, each, choice.held), choice.rule, choice.mask, choice.weight, choice.vector}
+            forward |= {("split", choice.split)}
+        if problem.plan.columns:
+            how = launch_backward.columns_backward(problem.plan, call)
+            general |= {("rows", how.rows is not None)}
+        else:
+            how = launch_backward.rows_backward(problem.plan, call)
+            general |= set(how.parts)
+            if "fused" in how.parts:
+                choice = how.parts["fused"].choice
+                fused.add((choice.team, choice.vector * choice.count * (2 if choice.wide else 1)))
+    for rung in launch.LADDER:
+        assert (rung.team, rung.each, True) in forward, rung
+    assert (launch.STREAM.team, launch.STREAM.each, False) in forward
+    assert {"flat", "runs", "all", "elements", "along", "group", "piece", "", ("split", True), 1, 2, 4, 8} <= forward
+    assert {("columns", k) for k in ("all", "elements", "runs", "piece", "along", "element", 1, 2, 4, 8)} <= forward
+    assert {(rung.team, rung.each) for rung in launch_backward.FUSED} <= fused
+    assert {"fused", "sums", "lanes", "emit", ("rows", True), ("rows", False)} <= general
