@@ -83,7 +83,10 @@ def _given(mean_name: str, var_name: str) -> Kernel:
             write_number(stats, MEAN * channels + c, scalar(load_mean(mean, at, ints(1), at + 1, ints(1), ints(1))))
             at = c * var_step
             variance = scalar(load_var(var, at, ints(1), at + 1, ints(1), ints(1)))
-            write_number(stats, RSTD * channels + c, 1.0 / math.sqrt(variance + eps))
+            rstd = math.inf if variance + eps == 0.0 else math.nan
+            if variance + eps > 0.0:
+                rstd = 1.0 / math.sqrt(variance + eps)
+            write_number(stats, RSTD * channels + c, rstd)
 
     return Kernel(given_statistics, THREADS)
 
