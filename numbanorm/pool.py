@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-SMALLEST = 1 << 20
+SMALLEST = 1 << 22
 """Bytes from which an output comes from the pool: below, malloc itself reuses memory."""
 
 ALIGNMENT = 64

@@ -68,7 +68,7 @@ def _steps(norms: list[str], dtypes: list[np.dtype[Any]], backward: bool) -> lis
     for norm in norms:
         if norm not in NORMS:
             raise ValueError(f"norms: expected some of {', '.join(NORMS)}, got {norm!r}")
-    found = []
+    found: list[tuple[str, Callable[[], None]]] = []
     for dtype in dtypes:
         for norm in norms:
             for samples in (_SMALL, _LARGE):

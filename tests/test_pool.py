@@ -16,7 +16,7 @@ import pytest
 import numbanorm as nn
 from numbanorm.pool import ALIGNMENT, SMALLEST, Pool, limit_from
 
-SHAPE = (512, 1024)  # 2 MiB of float32
+SHAPE = (1024, 1100)  # 4.3 MiB of float32
 FLOAT32 = np.dtype(np.float32)
 
 
@@ -26,7 +26,7 @@ def address(array: np.ndarray) -> int:
 
 @pytest.fixture
 def pool() -> Iterator[Pool]:
-    made = Pool(16 << 20)
+    made = Pool(20 << 20)
     yield made
     made.clear()
 
@@ -41,7 +41,7 @@ def test_memory_comes_back_when_the_array_is_gone(pool: Pool) -> None:
 
 
 def test_arrays_are_aligned_writeable_and_of_the_shape_asked_for(pool: Pool) -> None:
-    for shape in (SHAPE, (3, 5, 70_001)):
+    for shape in ((2048, 1100), (3, 5, 170_001)):
         for dtype in (np.dtype(np.float64), np.dtype(np.float16), FLOAT32):
             array = pool.empty(shape, dtype)
             assert array.shape == shape
@@ -127,7 +127,7 @@ def test_threads(pool: Pool) -> None:
         rng = np.random.default_rng(number)
         held: list[tuple[np.ndarray, float]] = []
         for step in range(300):
-            array = pool.empty((int(rng.integers(1, 4)) << 18,), FLOAT32)
+            array = pool.empty((int(rng.integers(4, 7)) << 18,), FLOAT32)
             value = number * 1000.0 + step
             array[::4096] = value
             held.append((array[::4096], value))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -17,7 +16,7 @@ from .dtypes import kernel_view
 from .jit import Kernel
 from .launch import CHUNK, TABLE_BYTES, geometry
 
-__all__ = ["PARALLEL_FROM", "apply", "backward", "forward", "settled", "statistics"]
+__all__ = ["PARALLEL_FROM", "Settled", "apply", "backward", "forward", "statistics"]
 
 PARALLEL_FROM = 1 << 17
 """Elements from which a parallel launch pays: 128 Ki float32 take about 60 us on one thread, a launch 2 to 10 us."""
@@ -91,49 +90,87 @@ def forward(
     return stats
 
 
-def settled(plan: Plan, form: Format, affine: bool) -> Callable[..., np.ndarray]:
-    """Return `forward` for small contiguous arrays of one shape and dtype, with everything that these decide settled.
+class Settled:
+    """`forward` and `apply` for small C-ordered arrays of one shape and dtype, with all that these decide settled.
 
     Parameters
     ----------
     plan : Plan
         How the arrays lie in memory; its size is below `PARALLEL_FROM`.
     form : Format
-        Of the input's dtype, not a half format.
+        Of the input's dtype.
     affine : bool
         Whether there will be a weight or a bias.
-
-    Returns
-    -------
-    callable
-        ``(x, y, weight, bias, eps) -> stats``, as `forward` takes and returns them.
     """
-    layout = plan.layout
-    geo = geometry(plan, affine)
-    size = layout.size if affine else 1
-    one, zero = _constant(size, form.lane, 1), _constant(size, form.lane, 0)
-    shape, centred = (4, layout.groups), layout.centred
-    empty = np.empty
-    kernel: Any = columns.forward.serial if plan.columns else rows.forward.serial
-    none = () if plan.columns else (None, None)
-    compiled: Any = None
 
-    def forward(x: Any, y: Any, weight: Any, bias: Any, eps: float) -> np.ndarray:
-        nonlocal compiled
-        stats = empty(shape)
-        arguments = (
-            *(x, *none, y, None, one if weight is None else weight, zero if bias is None else bias),
-            *(stats, geo, eps, centred),
-        )
-        if compiled is None:
-            kernel(*arguments)
-            # Types are the same at every call, so they need not be looked up again: 0.4 us.
-            compiled = kernel.overloads[tuple(map(typeof, arguments))].entry_point
+    __slots__ = ("_apply", "_forward", "_geometry", "_one", "_plan", "_record", "_shape", "_zero")
+
+    def __init__(self, plan: Plan, form: Format, affine: bool) -> None:
+        layout = plan.layout
+        self._plan = plan
+        self._geometry = geometry(plan, affine)
+        size = layout.size if affine else 1
+        self._one, self._zero = _constant(size, form.lane, 1), _constant(size, form.lane, 0)
+        self._shape = (4, layout.groups)
+        self._record = form.record
+        kernels = columns if plan.columns else rows
+        self._forward = (_Compiled(kernels.forward), _Compiled(kernels.forward))
+        self._apply = _Compiled(kernels.apply)
+
+    def forward(
+        self,
+        x: Any,
+        y: Any,
+        weight: Any,
+        bias: Any,
+        eps: float,
+        residual: Any = None,
+        total: Any = None,
+    ) -> np.ndarray:
+        """Do what `forward` does, for flat arrays; `residual` in the rows kernel alone."""
+        stats = np.empty(self._shape)
+        record = self._record
+        if record is not None:
+            x, y = x.view(record), y.view(record)
+        w, b = self._one if weight is None else weight, self._zero if bias is None else bias
+        rest = (y, None, w, b, stats, self._geometry, eps, self._plan.layout.centred)
+        if self._plan.columns:
+            self._forward[0](x, *rest)
+        elif residual is None:
+            self._forward[0](x, None, None, *rest)
         else:
-            compiled(*arguments)
+            if record is not None:
+                residual, total = residual.view(record), total.view(record)
+            self._forward[1](x, residual, total, *rest)
         return stats
 
-    return forward
+    def apply(self, x: Any, y: Any, weight: Any, bias: Any, stats: np.ndarray) -> None:
+        """Do what `apply` does, for flat arrays."""
+        if self._record is not None:
+            x, y = x.view(self._record), y.view(self._record)
+        w, b = self._one if weight is None else weight, self._zero if bias is None else bias
+        self._apply(x, y, w, b, stats, self._geometry)
+
+
+class _Compiled:
+    """A serial kernel for arguments that have the same types at every call: they are looked up once, not each time.
+
+    Numba's dispatcher takes 0.4 us to look at eleven arguments.
+    """
+
+    __slots__ = ("_call", "_kernel")
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+        self._call: Any = None
+
+    def __call__(self, *arguments: Any) -> None:
+        if self._call is None:
+            dispatcher: Any = self._kernel.serial
+            dispatcher(*arguments)
+            self._call = dispatcher.overloads[tuple(map(typeof, arguments))].entry_point
+        else:
+            self._call(*arguments)
 
 
 def statistics(plan: Plan, x: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
