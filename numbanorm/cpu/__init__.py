@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -20,6 +21,8 @@ __all__ = ["PARALLEL_FROM", "Settled", "apply", "backward", "forward", "statisti
 
 PARALLEL_FROM = 1 << 17
 """Elements from which a parallel launch pays: 128 Ki float32 take about 60 us on one thread, a launch 2 to 10 us."""
+
+_empty = np.empty
 
 SLAB_ELEMENTS = 1 << 15
 """Elements from which a slab pays: clearing and adding its gradients takes as long as about a tenth of these."""
@@ -103,18 +106,31 @@ class Settled:
         Whether there will be a weight or a bias.
     """
 
-    __slots__ = ("_apply", "_forward", "_geometry", "_one", "_plan", "_record", "_shape", "_zero")
+    __slots__ = (
+        "_adding",
+        "_apply",
+        "_centred",
+        "_columns",
+        "_forward",
+        "_geometry",
+        "_one",
+        "_record",
+        "_shape",
+        "_zero",
+    )
 
     def __init__(self, plan: Plan, form: Format, affine: bool) -> None:
         layout = plan.layout
-        self._plan = plan
+        self._columns = plan.columns
+        self._centred = layout.centred
         self._geometry = geometry(plan, affine)
         size = layout.size if affine else 1
         self._one, self._zero = _constant(size, form.lane, 1), _constant(size, form.lane, 0)
         self._shape = (4, layout.groups)
         self._record = form.record
         kernels = columns if plan.columns else rows
-        self._forward = (_Compiled(kernels.forward), _Compiled(kernels.forward))
+        self._forward = _Compiled(kernels.forward)
+        self._adding = _Compiled(kernels.forward)
         self._apply = _Compiled(kernels.apply)
 
     def forward(
@@ -128,20 +144,22 @@ class Settled:
         total: Any = None,
     ) -> np.ndarray:
         """Do what `forward` does, for flat arrays; `residual` in the rows kernel alone."""
-        stats = np.empty(self._shape)
+        stats = _empty(self._shape)
         record = self._record
         if record is not None:
             x, y = x.view(record), y.view(record)
-        w, b = self._one if weight is None else weight, self._zero if bias is None else bias
-        rest = (y, None, w, b, stats, self._geometry, eps, self._plan.layout.centred)
-        if self._plan.columns:
-            self._forward[0](x, *rest)
+        if weight is None:
+            weight = self._one
+        if bias is None:
+            bias = self._zero
+        if self._columns:
+            self._forward.run(x, y, None, weight, bias, stats, self._geometry, eps, self._centred)
         elif residual is None:
-            self._forward[0](x, None, None, *rest)
+            self._forward.run(x, None, None, y, None, weight, bias, stats, self._geometry, eps, self._centred)
         else:
             if record is not None:
                 residual, total = residual.view(record), total.view(record)
-            self._forward[1](x, residual, total, *rest)
+            self._adding.run(x, residual, total, y, None, weight, bias, stats, self._geometry, eps, self._centred)
         return stats
 
     def apply(self, x: Any, y: Any, weight: Any, bias: Any, stats: np.ndarray) -> None:
@@ -149,7 +167,7 @@ class Settled:
         if self._record is not None:
             x, y = x.view(self._record), y.view(self._record)
         w, b = self._one if weight is None else weight, self._zero if bias is None else bias
-        self._apply(x, y, w, b, stats, self._geometry)
+        self._apply.run(x, y, w, b, stats, self._geometry)
 
 
 class _Compiled:
@@ -158,19 +176,16 @@ class _Compiled:
     Numba's dispatcher takes 0.4 us to look at eleven arguments.
     """
 
-    __slots__ = ("_call", "_kernel")
+    __slots__ = ("_kernel", "run")
 
     def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
-        self._call: Any = None
+        self.run: Callable[..., Any] = self._first
 
-    def __call__(self, *arguments: Any) -> None:
-        if self._call is None:
-            dispatcher: Any = self._kernel.serial
-            dispatcher(*arguments)
-            self._call = dispatcher.overloads[tuple(map(typeof, arguments))].entry_point
-        else:
-            self._call(*arguments)
+    def _first(self, *arguments: Any) -> None:
+        dispatcher: Any = self._kernel.serial
+        dispatcher(*arguments)
+        self.run = dispatcher.overloads[tuple(map(typeof, arguments))].entry_point
 
 
 def statistics(plan: Plan, x: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
