@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import numpy as np
 
@@ -46,9 +47,9 @@ class Threads(common.Prepared):
     @common.tracked("x")
     def track_over_one_thread(self, name: str, threads: str) -> float:
         """Time on so many threads over the time on one, in turns: 0.5 is perfect for two."""
-        return common.median_ratio(self.on_many, self.on_one)
+        return common.median_ratio(self.on_many, self.on_one, time.perf_counter)
 
     @common.tracked("x")
     def track_over_copyto(self, name: str, threads: str) -> float:
         """Time on so many threads over that of np.copyto on as many, in turns."""
-        return common.median_ratio(self.on_many, self.copy)
+        return common.median_ratio(self.on_many, self.copy, time.perf_counter)
