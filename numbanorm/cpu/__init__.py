@@ -24,8 +24,8 @@ PARALLEL_FROM = 1 << 17
 
 _empty = np.empty
 
-SLAB_ELEMENTS = 1 << 15
-"""Elements from which a slab pays: clearing and adding its gradients takes as long as about a tenth of these."""
+SLAB_ELEMENTS = 1 << 16
+"""Elements from which a slab pays: clearing and adding its gradients takes as long as about a twentieth of these."""
 
 MAX_SLABS = 64
 """Slabs of samples with gradients of weights of their own: enough for 64 threads."""
