@@ -11,6 +11,7 @@ from typing import Any
 import llvmlite.binding
 import numba
 
+from .backends import cuda_module, cuda_problem
 from .pool import POOL
 from .threads import get_num_threads
 
@@ -47,7 +48,7 @@ def config() -> dict[str, str]:
         "threading layer": _threading_layer(),
         "cache": _cache(),
         "pool": f"keeps up to {POOL.limit / 1e6:,.0f} MB of outputs' memory for reuse (NUMBANORM_POOL)",
-        "gpu": "not used: this version has kernels for the CPU only",
+        "gpu": cuda_problem() or cuda_module("devices").describe(),
     }
 
 

@@ -9,9 +9,10 @@ from typing import Any, Self
 import numpy as np
 
 from . import arrays
-from .backends import cpu_backend
+from .backends import cpu_backend, cuda_module, uses_cuda
 from .calls import public_statistic
 from .checks import integers
+from .layout import Layout
 from .plan import COUNT, M2, MEAN, plan
 
 
@@ -186,6 +187,9 @@ class Moments:
 
 def _moments(x: Any, axis: tuple[int, ...] | None, mask: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (count, mean, M2) of one array."""
+    if type(x) is not np.ndarray and uses_cuda(x):
+        layout, stats, whole = cuda_module("calls").statistics(x, axis, mask)
+        return _of_rows(layout, stats, whole)
     source, _ = arrays.as_input(x, "x")
     if source.ndim == 0:
         source = source.reshape(1)
@@ -199,8 +203,13 @@ def _moments(x: Any, axis: tuple[int, ...] | None, mask: Any) -> tuple[np.ndarra
     else:
         flat_mask = None if counted is None else arrays.flat(counted, work.mask, work)
         stats = cpu_backend().statistics(work, arrays.flat(source, work.x, work), flat_mask)
-    kept = tuple(n for a, n in enumerate(source.shape) if a not in layout.reduced_axes)
+    return _of_rows(layout, stats, counted is None)
+
+
+def _of_rows(layout: Layout, stats: np.ndarray, whole: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (count, mean, M2) of a backend's statistics; `whole`: every element counts."""
+    kept = tuple(n for a, n in enumerate(layout.shape) if a not in layout.reduced_axes)
     count, mean, m2 = (public_statistic(stats[row], layout).reshape(kept) for row in (COUNT, MEAN, M2))
-    if counted is None:
+    if whole:
         return np.array(layout.count, np.int64), mean.copy(), m2.copy()
     return count.astype(np.int64), mean.copy(), m2.copy()

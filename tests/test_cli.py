@@ -203,7 +203,7 @@ def test_help_and_version():
 
 def test_info():
     output = run("info").output
-    for expected in (np.__version__, numba.__version__, "threading layer", "cache", "kernels for the CPU only"):
+    for expected in (np.__version__, numba.__version__, "threading layer", "cache", "\ngpu"):
         assert expected in output
 
 

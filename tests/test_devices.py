@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import run
 
 
 def test_in_a_process_of_its_own() -> None:
@@ -27,3 +28,40 @@ def test_in_a_process_of_its_own() -> None:
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-2000:]}"
     assert "passed" in summary
     assert "failed" not in summary
+
+
+ASKS = """
+import sys
+sys.modules["numba.cuda"] = None  # as where numba-cuda is not installed
+import numpy as np
+import numbanorm as nn
+
+class Cuda:
+    shape, dtype = (4, 6), np.dtype(np.float32)
+    __cuda_array_interface__ = {"shape": (4, 6), "typestr": "<f4", "data": (64, False), "version": 3}
+
+calls = [
+    lambda: nn.layer_norm(Cuda(), 6),
+    lambda: nn.LayerNorm(6)(Cuda()),
+    lambda: nn.Moments.of(Cuda()),
+    lambda: nn.LayerNorm(6).to("cuda"),
+]
+for call in calls:
+    try:
+        call()
+    except (TypeError, ValueError) as error:
+        print(error)
+print(nn.config.config()["gpu"])
+print(nn.LayerNorm(6)(np.ones((4, 6))).sum(), nn.LayerNorm(6).to("cpu").device)
+"""
+
+
+def test_without_numba_cuda() -> None:
+    """All but CUDA works, and asking for CUDA names what to install."""
+    *errors, gpu, works = run(ASKS).splitlines()
+    reason = 'CUDA arrays need numba-cuda, which is not installed: pip install "numbanorm[cuda]"'
+    assert errors == [f"x: expected an array in host memory, got a CUDA array: {reason}"] * 3 + [
+        f"device: expected 'cpu', got 'cuda': {reason}"
+    ]
+    assert gpu == reason
+    assert works == "0.0 cpu"

@@ -14,6 +14,7 @@ from .. import cuda as backend
 from ..arrays import as_mask
 from ..checks import check_eps, check_momentum, integer
 from ..dtypes import Format, format_of, is_float
+from ..layout import Layout
 from ..plan import RSTD, Options
 from . import devices, running
 from .arrays import DeviceArray, apart, ghost
@@ -22,6 +23,7 @@ from .libraries import library_of, read, read_beside
 from .memory import Span
 from .recipes import FLOAT64, Reading, Recipe, backward_recipe, forward_recipe
 from .scratch import Scratch, scratch_of
+from .transfer import span_to_host
 
 __all__ = ["OnStream", "as_input", "run", "run_backward", "run_tracked"]
 
@@ -403,6 +405,35 @@ def run_backward(
         if result is not dx:
             copy(result, dx, stream)
     return result.owner, *(gradient.owner for gradient in gradients)
+
+
+def statistics(x: Any, axis: tuple[int, ...] | None, mask: Any) -> tuple[Layout, np.ndarray, bool]:
+    """Return a layout over `axis` (None: all), its statistics in host memory, and whether every element counts.
+
+    This waits for the device.
+    """
+    source, _ = as_input(x, "x")
+    if not source.shape:
+        one = (source.address, (1,), (source.dtype.itemsize,), source.dtype, source.device, source.stream)
+        source = DeviceArray(source.owner, source.library, *one)
+    counted = None if mask is None else read_beside(mask, "mask", source)
+    axes = tuple(range(len(source.shape))) if axis is None else axis
+    recipe = forward_recipe("layer", (1, None, axes), source.key, None, None, counted and counted.key, None, None)
+    layout = recipe.plan.layout
+    rows = 4 * layout.groups
+    if recipe.plan.size == 0:
+        return layout, np.zeros((4, layout.groups)), counted is None
+    scratch = scratch_of(source)
+    with devices.within(source.device), scratch:
+        stats = scratch.take("stats", FLOAT64, rows, source)
+        spans = [
+            _span(array, reading, name, source, scratch)
+            for array, reading, name in ((source, recipe.x, "x"), (counted, recipe.mask, "mask"))
+        ]
+        assert spans[0] is not None
+        stream = source.stream or 0
+        backend.statistics(recipe.plan, spans[0], stats, spans[1], stream=stream, workspace=scratch.workspace(source))
+        return layout, span_to_host(stats, scratch, stream).reshape(4, -1), counted is None
 
 
 class OnStream:

@@ -49,7 +49,7 @@ class Copy(NamedTuple):
         """Queue it, between these addresses of first elements."""
         extra = len(self.lengths) - AXES
         if extra > 0:
-            rest = Copy(self.names, self.lengths[1:], tuple(s[1:] for s in self.strides), self.sizes)  # type: ignore[arg-type]
+            rest = Copy(self.names, self.lengths[1:], tuple(s[1:] for s in self.strides), self.sizes)
             steps = [s[0] * size for s, size in zip(self.strides, self.sizes, strict=True)]
             for i in range(self.lengths[0]):
                 rest.run(target + i * steps[0], source + i * steps[1], added + i * steps[2], stream)
@@ -82,7 +82,7 @@ def copying(shape: tuple[int, ...], target: Array, source: Array, added: Array |
     lengths = tuple(length for length, _ in axes)
     strides = tuple(tuple(steps[i] for _, steps in axes) for i in range(3))
     names = target[1].name, source[1].name, "" if added is None else added[1].name
-    return Copy(names, lengths, strides, sizes)  # type: ignore[arg-type]
+    return Copy(names, lengths, strides, sizes)
 
 
 def copy(target: DeviceArray, source: DeviceArray, stream: int, added: DeviceArray | None = None) -> None:
@@ -107,8 +107,8 @@ def mover(size: int) -> Any:
     """Return ``move(target, at, source, index)``, which copies one element of so many bytes as it is."""
 
     @intrinsic
-    def move(typing_context, target, at, source, index):  # type: ignore[no-untyped-def]
-        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def move(typing_context, target, at, source, index):
+        def generate(context, builder, signature, arguments):
             pointers = []
             for address, offset in (arguments[:2], arguments[2:]):
                 where = builder.add(address, builder.mul(offset, ir.Constant(I64, size)))
@@ -133,9 +133,7 @@ def _kernel(target: str, source: str, added: str) -> Kernel:
     load_added = loader(added or source, lane, 1, 1, "flat")
     ints = np.int64
 
-    def copy(  # type: ignore[no-untyped-def]
-        to, x, y, count, n1, n2, n3, to_0, to_1, to_2, to_3, x_0, x_1, x_2, x_3, y_0, y_1, y_2, y_3
-    ):
+    def copy(to, x, y, count, n1, n2, n3, to_0, to_1, to_2, to_3, x_0, x_1, x_2, x_3, y_0, y_1, y_2, y_3):
         i = ints(cuda.blockIdx.x) * THREADS + ints(cuda.threadIdx.x)
         if i < count:
             i3 = i % n3
@@ -168,7 +166,7 @@ def _filler(name: str) -> Kernel:
     store, as_lane = storer(name, lane, 1, 1, "flat"), tile(1)
     ints = np.int64
 
-    def fill(to, count, value):  # type: ignore[no-untyped-def]
+    def fill(to, count, value):
         i = ints(cuda.blockIdx.x) * THREADS + ints(cuda.threadIdx.x)
         store(to, i, ints(1), count, ints(1), ints(1), as_lane(scalar(value)))
 

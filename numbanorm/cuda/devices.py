@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
+from importlib.metadata import version
 from typing import Any
 
-from .toolchain import cuda
+from .toolchain import SIMULATED, cuda
 
 _HERE: AbstractContextManager[Any] = nullcontext()
 
@@ -42,6 +43,17 @@ def device_of(address: int) -> int:
         raise ValueError(f"expected an address of CUDA memory, got {address:#x} ({error})") from None
 
 
+def describe() -> str:
+    """Name the devices, the CUDA version of the driver, and that of numba-cuda."""
+    names = []
+    for device in cuda.gpus.lst:
+        major, minor = device.compute_capability
+        name = getattr(device, "name", "simulated device")
+        names.append(f"{name.decode() if isinstance(name, bytes) else name} (compute capability {major}.{minor})")
+    driver = "" if SIMULATED else "driver for CUDA {}.{}, ".format(*cuda.cudadrv.driver.driver.get_version())
+    return f"{', '.join(names)}; {driver}numba-cuda {version('numba-cuda')}"
+
+
 def within(device: int) -> AbstractContextManager[Any]:
     """Return a context in which `device` is the current one."""
     if device_count() == 1:  # entering a context costs 3 us
@@ -58,7 +70,8 @@ def numba_stream(handle: int) -> Any:
 
 def wait(stream: int, producer: int) -> None:
     """Let what is queued on `stream` from now on wait for what is queued on `producer`; the host waits for neither."""
-    event = cuda.event(timing=False)
+    make: Any = cuda.event  # whose annotations are the simulator's, which takes no argument
+    event = make(timing=False)
     event.record(numba_stream(producer))
     event.wait(numba_stream(stream))
 

@@ -48,7 +48,7 @@ def forward(layer: Norm, x: Any, mask: Any, residual: Any, out: Any) -> Any:
         options: Any = (1, None, None)
         if layer.kind == "group":
             layer._layout(source.shape)
-            options = (layer.channel_axis, layer.num_groups, None)  # type: ignore[attr-defined]
+            options = (layer.channel_axis, layer.num_groups, None)
         else:
             if layer.kind == "rms" and mask is not None:
                 raise TypeError("mask: expected None, RMSNorm takes none")

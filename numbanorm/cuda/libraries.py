@@ -164,6 +164,8 @@ class Other(Library):
         strides = contiguous(shape, dtype) if strides is None else tuple(strides)
         address, read_only = interface["data"]
         address = address or 0
+        if address == 0 and 0 not in shape:
+            raise TypeError(f"{name}: expected an array in host memory or in CUDA memory, got one at the address 0")
         if address % (dtype.itemsize or 1):
             raise ValueError(f"{name}: expected an address that is a multiple of {dtype.itemsize}, got {address:#x}")
         try:

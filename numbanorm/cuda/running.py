@@ -76,7 +76,7 @@ def _given(mean_name: str, var_name: str) -> Kernel:
     scalar = fold(1)
     ints = np.int64
 
-    def given_statistics(mean, var, stats, channels, mean_step, var_step, eps):  # type: ignore[no-untyped-def]
+    def given_statistics(mean, var, stats, channels, mean_step, var_step, eps):
         c = ints(cuda.blockIdx.x) * THREADS + ints(cuda.threadIdx.x)
         if c < channels:
             at = c * mean_step
@@ -105,9 +105,7 @@ def _update(mean_name: str, var_name: str, cumulative: bool) -> Kernel:
     scalar, as_lane = fold(1), tile(1)
     ints = np.int64
 
-    def update_running(  # type: ignore[no-untyped-def]
-        mean, var, stats, counter, groups, samples, sample_step, step, mean_step, var_step, momentum
-    ):
+    def update_running(mean, var, stats, counter, groups, samples, sample_step, step, mean_step, var_step, momentum):
         sums = cuda.shared.array((3, THREADS), types.float64)
         thread = ints(cuda.threadIdx.x)
         channel = ints(cuda.blockIdx.x)
@@ -149,7 +147,7 @@ def _update(mean_name: str, var_name: str, cumulative: bool) -> Kernel:
 def _count_batch() -> Kernel:
     ints = np.int64
 
-    def count_batch(counter, stats, groups):  # type: ignore[no-untyped-def]
+    def count_batch(counter, stats, groups):
         any_counted = cuda.shared.array(1, types.int32)
         thread = ints(cuda.threadIdx.x)
         if thread == 0:

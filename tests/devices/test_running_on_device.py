@@ -275,3 +275,30 @@ def test_layers_that_lie_elsewhere() -> None:
 def test_no_such_device(device: Any) -> None:
     with pytest.raises(ValueError, match="device: expected"):
         nn.LayerNorm(7).to(device)
+
+
+# --- moments ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axis", [None, 0, (0, 2), -1])
+@pytest.mark.parametrize("masked", [False, True])
+def test_moments(axis: Any, masked: bool) -> None:
+    ours = theirs = None
+    for seed in range(2):
+        x = np.repeat(batch(seed), 2, 2)[:, :, ::2]
+        mask = {"mask": normal(seed, x.shape) > 0} if masked else {}
+        own = {name: Foreign(value) for name, value in mask.items()}
+        ours = nn.Moments.of(Foreign(x), axis, **own) if ours is None else ours.update(Foreign(x), **own)
+        theirs = nn.Moments.of(x, axis, **mask) if theirs is None else theirs.update(x, **mask)
+    np.testing.assert_array_equal(ours.count, theirs.count)
+    np.testing.assert_allclose(ours.mean, theirs.mean, rtol=1e-6)
+    np.testing.assert_allclose(ours.var(), theirs.var(), rtol=1e-6)
+
+
+def test_moments_of_little() -> None:
+    assert nn.Moments.of(Foreign(np.float32([3.0]).reshape(()))).mean == 3.0
+    assert nn.Moments.of(Foreign(np.zeros((0, 6)))).count == 0
+
+
+def test_config() -> None:
+    assert nn.config.config()["gpu"].startswith("simulated device (compute capability 5.2); numba-cuda ")
