@@ -67,7 +67,7 @@ CASES: list[tuple[list[str], dict[str, Any], type[Exception], str]] = [
     (ALL, {"x": np.zeros((4, 6, 5), "m8[s]")}, TypeError, "x: .*got timedelta64"),
     (ALL, {"x": np.zeros((4, 6, 5), [("a", np.float32)])}, TypeError, "x: .*got .*a"),
     (ALL, {"x": np.ma.masked_array(X, X > 0)}, TypeError, r"x: .*masked array.*mask="),
-    (ALL, {"x": Cuda()}, TypeError, "x: .*host memory.*CUDA"),
+    (ALL, {"x": Cuda()}, TypeError, "x: expected an array in host memory.*CUDA"),
     (ALL, {"x": Lazy()}, TypeError, r"x: .*lazy Lazy.*\.compute\(\)"),
     (ALL, {"x": "words"}, TypeError, "x: .*got (<U5|str)"),
     (ALL, {"x": None}, TypeError, "x: .*got (object|NoneType)"),

@@ -203,7 +203,7 @@ def test_help_and_version():
 
 def test_info():
     output = run("info").output
-    for expected in (np.__version__, numba.__version__, "threading layer", "cache", "\ngpu"):
+    for expected in (np.__version__, numba.__version__, "threading layer", "cache", "\n  gpu  "):
         assert expected in output
 
 
