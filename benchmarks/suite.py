@@ -119,7 +119,8 @@ def run(options: argparse.Namespace) -> int:
 
 def history(options: argparse.Namespace) -> int:
     wanted = ["--bench", options.bench, *registered(options.machine)]
-    return asv("run", f"HASHFILE:{options.file.resolve()}", "--skip-existing-successful", *wanted)
+    resume = ["--skip-existing-successful"] if options.resume else []
+    return asv("run", f"HASHFILE:{options.file.resolve()}", *resume, *wanted)
 
 
 def compare(options: argparse.Namespace) -> int:
@@ -195,7 +196,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     command(check)
     command(quick, ".").add_argument("--at-least", type=int, default=1, help="how many benchmarks must run")
     command(run, ".").add_argument("commit")
-    command(history, HISTORY).add_argument("file", type=Path, help="full commit hashes, one a line")
+    past = command(history, HISTORY)
+    past.add_argument("file", type=Path, help="full commit hashes, one a line")
+    past.add_argument("--resume", action="store_true", help="leave out what was measured before")
     comparison = command(compare, COMPARED)
     comparison.add_argument("base")
     comparison.add_argument("commit", nargs="?", default="HEAD")
