@@ -16,8 +16,8 @@ from .memory import WORD, Span
 __all__ = ["Span", "Workspace", "apply", "backward", "forward", "statistics"]
 
 Workspace = Callable[[int], Span]
-"""``workspace(nbytes)`` returns a buffer of at least so many bytes, aligned to 256, that belongs to the stream until the
-next call of the backend on that stream. Called at most once a call."""
+"""``workspace(nbytes)`` returns a buffer of at least so many bytes, aligned to 256, that belongs to the stream until
+the next call of the backend on that stream. Called at most once a call."""
 
 
 def forward(
@@ -60,7 +60,7 @@ def forward(
     """
     call = _call(x, y, weight, bias, mask, residual, total)
     part = columns if plan.columns else rows
-    part.forward(plan, call, _addresses(x, residual, total, y, mask, weight, bias, stats), eps, stream, workspace)
+    part.forward(plan, call, _addresses(x, residual, total, y, mask, weight, bias, stats), float(eps), stream, workspace)
 
 
 def statistics(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -25,13 +26,13 @@ def moments_kernel(c: Columns) -> Kernel:
     """Return the kernel that writes (count, mean, M2) of every lane and chunk to the table."""
     lane = types.float64 if c.wide else types.float32
     scalar = np.float64 if c.wide else np.float32
-    load = memory.loader(c.source, lane, c.vector, c.count, "rows")
-    chosen_of = memory.chooser(c.mask, c.vector, c.count, "rows")
+    load = memory.loader(c.source, lane, c.vector, c.loads, "rows")
+    chosen_of = memory.chooser(c.mask, c.vector, c.loads, "rows")
     write_number = memory.write_number
     of_tile, merge = moments(lane, c.vector, c.centred)
-    tile_moments = of_tile(c.vector * c.count)
+    tile_moments = of_tile(c.vector * c.loads)
     merge_numbers = moments(types.float64, 1, True).merge
-    tile = ln.tile(c.vector * c.count)
+    tile = ln.tile(c.vector * c.loads)
     zeros = ln.count(c.vector, lane)
     pick, like, some, put = ln.pick, ln.like, ln.some, ln.put
     widened = _identity if c.wide else ln.widened
@@ -45,7 +46,7 @@ def moments_kernel(c: Columns) -> Kernel:
     slots = 3 * held
     plane = np.int64(held)
     threads = np.int64(c.block)
-    whole_tile = below * np.int64(c.count)
+    whole_tile = below * np.int64(c.loads)
     source_size = item_size(c.source)
     masked_lanes = c.mask == "elements"
 
@@ -144,7 +145,7 @@ def _identity(value):
 
 
 @cache
-def spread(c: Columns):
+def spread(c: Columns) -> Any:
     """Return the function that gives a thread's lanes their gain, mean in two parts, and rstd, from the statistics."""
     gather = memory.gatherer("element", types.float64, c.vector, 1, "flat")
     narrowed = _identity if c.wide else ln.narrowed
@@ -177,7 +178,7 @@ def apply_kernel(c: Columns) -> Kernel:
     """Return the kernel that normalizes with given statistics."""
     lane = types.float64 if c.wide else types.float32
     scalar = np.float64 if c.wide else np.float32
-    geometry = (lane, c.vector, c.count, "rows")
+    geometry = (lane, c.vector, c.loads, "rows")
     load = memory.loader(c.source, *geometry)
     by_row = c.weights == "piece"
     store = memory.affine_storer(
@@ -187,12 +188,12 @@ def apply_kernel(c: Columns) -> Kernel:
     weighted, biased = c.weight and not by_row, c.bias and not by_row
     along = c.weights == "along"
     lanes_of = spread(c)
-    tile, like = ln.tile(c.vector * c.count), ln.like
+    tile, like = ln.tile(c.vector * c.loads), ln.like
     zero = scalar(0)
     ints = np.int64
     across, below, vector = np.int64(c.across), np.int64(c.block // c.across), np.int64(c.vector)
     width = np.int64(c.across * c.vector)
-    whole_tile = below * np.int64(c.count)
+    whole_tile = below * np.int64(c.loads)
     source_size, result_size = item_size(c.source), item_size(c.result)
     centred = c.centred
 

@@ -35,14 +35,14 @@ def sums_kernel(c: Columns) -> Kernel:
     Weights that lie along the lanes are left out of g.
     """
     lane = types.float64 if c.wide else types.float32
-    geometry = (lane, c.vector, c.count, "rows")
+    geometry = (lane, c.vector, c.loads, "rows")
     load_dy, load_x = memory.loader(c.result, *geometry), memory.loader(c.source, *geometry)
-    chosen_of = memory.chooser(c.mask, c.vector, c.count, "rows")
+    chosen_of = memory.chooser(c.mask, c.vector, c.loads, "rows")
     weights = memory.gatherer("piece", *geometry)
     write_number = memory.write_number
     weighted = c.weight and c.weights == "piece"
     lanes_of = spread(c)
-    fold, tile, count_of, put = ln.fold(c.vector), ln.tile(c.vector * c.count), ln.count(c.vector, lane), ln.put
+    fold, tile, count_of, put = ln.fold(c.vector), ln.tile(c.vector * c.loads), ln.count(c.vector, lane), ln.put
     widened = _identity if c.wide else ln.widened
     ints = np.int64
     across, below, vector = np.int64(c.across), np.int64(c.block // c.across), np.int64(c.vector)
@@ -50,7 +50,7 @@ def sums_kernel(c: Columns) -> Kernel:
     held = c.block * c.vector
     slots, plane = 3 * held, np.int64(held)
     threads = np.int64(c.block)
-    whole_tile = below * np.int64(c.count)
+    whole_tile = below * np.int64(c.loads)
     source_size, result_size = item_size(c.source), item_size(c.result)
     masked_lanes = c.mask == "elements"
 
@@ -112,10 +112,10 @@ def sums_kernel(c: Columns) -> Kernel:
 def emit_kernel(c: Columns, fixed: bool) -> Kernel:
     """Return the kernel that writes dx from the groups' sums."""
     lane = types.float64 if c.wide else types.float32
-    geometry = (lane, c.vector, c.count, "rows")
+    geometry = (lane, c.vector, c.loads, "rows")
     load_dy, load_x = memory.loader(c.result, *geometry), memory.loader(c.source, *geometry)
     store_dx = memory.storer(c.result, *geometry)
-    chosen_of = memory.chooser(c.mask, c.vector, c.count, "rows")
+    chosen_of = memory.chooser(c.mask, c.vector, c.loads, "rows")
     by_row = c.weights == "piece"
     row_weights = memory.gatherer("piece", *geometry)
     lane_weights = memory.gatherer("element" if by_row else c.weights, lane, c.vector, 1, "flat")
@@ -124,11 +124,11 @@ def emit_kernel(c: Columns, fixed: bool) -> Kernel:
     weighted = c.weight
     along = c.weights == "along"
     lanes_of = spread(c)
-    choose, tile = ln.choose, ln.tile(c.vector * c.count)
+    choose, tile = ln.choose, ln.tile(c.vector * c.loads)
     ints = np.int64
     across, below, vector = np.int64(c.across), np.int64(c.block // c.across), np.int64(c.vector)
     width = np.int64(c.across * c.vector)
-    whole_tile = below * np.int64(c.count)
+    whole_tile = below * np.int64(c.loads)
     source_size, result_size = item_size(c.source), item_size(c.result)
     masked_lanes = c.mask == "elements"
 
@@ -180,9 +180,9 @@ def rows_kernel(c: Backward) -> Kernel:
     """Return the kernel that writes sum(dy) and sum(dy * h) of every row, float64."""
     lane = types.float64 if c.wide else types.float32
     scalar = np.float64 if c.wide else np.float32
-    geometry = (lane, c.vector, c.count, "flat")
+    geometry = (lane, c.vector, c.loads, "flat")
     load_dy, load_x = memory.loader(c.result, *geometry), memory.loader(c.source, *geometry)
-    statistic = memory.gatherer("element", types.float64, c.vector, c.count, "flat")
+    statistic = memory.gatherer("element", types.float64, c.vector, c.loads, "flat")
     narrowed = _identity if c.wide else ln.narrowed
     widened = _identity if c.wide else ln.widened
     write_number = memory.write_number
@@ -190,7 +190,7 @@ def rows_kernel(c: Backward) -> Kernel:
     fold = ln.fold(1)
     centred = c.centred
     step, teams = np.int64(c.team), np.int64(c.block // c.team)
-    whole_tile = np.int64(c.team * c.count)
+    whole_tile = np.int64(c.team * c.loads)
     source_size, result_size = item_size(c.source), item_size(c.result)
     zero = scalar(0)
     ints = np.int64

@@ -69,7 +69,7 @@ class Backward(NamedTuple):
     result: str  # dtype of dy and dx
     wide: bool
     vector: int
-    count: int
+    loads: int  # a tile
     team: int
     block: int
     rule: str = "flat"
@@ -152,6 +152,7 @@ def rows_backward(plan: Plan, call: Call) -> BackwardPlan:
         "fixed": call.fixed,
     }
     # Read one by one, 16 elements and their addresses would not fit in registers.
+    numbers: tuple[int, ...]
     rung = next((r for r in FUSED if r1 * part <= r.elements and (vector > 1 or r.each <= 8)), None)
     if along and r0 == 1 and k1 == 1 and rung is not None:
         count = max(1, rung.each // part // vector)
@@ -183,6 +184,7 @@ def rows_backward(plan: Plan, call: Call) -> BackwardPlan:
         return choice, pieces, -(-pieces // chunk_pieces), chunk_pieces
 
     parts = {}
+    head: tuple[int, ...]
     choice, pieces, chunks, chunk_pieces = part_of(r0 * segment, groups * segments)
     units = groups * segments * chunks
     weighted_here = along and call.weight
@@ -202,7 +204,7 @@ def rows_backward(plan: Plan, call: Call) -> BackwardPlan:
         tiles = -(-lanes // (vector * NARROW_BLOCK))
         slab_rows = max(1, min(SLAB_ROWS, -(-rows * tiles // SPLIT_BLOCKS)))
         slabs = -(-rows // slab_rows)
-        choice = choice._replace(count=1, team=1, block=NARROW_BLOCK, rule="flat")
+        choice = choice._replace(loads=1, team=1, block=NARROW_BLOCK, rule="flat")
         numbers = (tiles, slab_rows, rows, r0, k1, r1, groups, *strides, size)
         parts["lanes"] = Part(choice, tiles * slabs, numbers)
         return BackwardPlan(starts, parts, merge_groups, None, table, behind, behind + slabs * 2 * size * lane)
@@ -247,6 +249,7 @@ def columns_backward(plan: Plan, call: Call) -> ColumnsBackward:
         (groups, k1, chunks * lanes, r1, chunks, r1, lanes, 1, sums.entries, r1, 0, 1, inner, size, layout.count),
     )  # fmt: skip
     table, means = _rounded(24 * sums.entries), _rounded(16 * groups)
+    numbers: tuple[int, ...]
     if not by_row:
         numbers = (size, inner, k0 * chunks, lanes // (inner * size), inner, lanes, inner * size, sums.entries)
         merge_weights = _merge(size, k0 * chunks * lanes // size, (), numbers)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+
 import numpy as np
 
 from ..plan import Plan
@@ -20,8 +21,8 @@ from .welford import (
     WARP,
     gain_for_rstd,
     gain_of,
-    moments,
     inverse_gain,
+    moments,
     rstd_function,
     table_moments,
     team,
@@ -47,12 +48,12 @@ def kernel(c: Rows) -> Kernel:
     """Return the kernel for a choice."""
     lane = types.float64 if c.wide else types.float32
     scalar = np.float64 if c.wide else np.float32
-    width = c.vector * c.count
-    geometry = (lane, c.vector, c.count, c.rule)
+    width = c.vector * c.loads
+    geometry = (lane, c.vector, c.loads, c.rule)
     load = memory.loader(c.source, *geometry)
-    load_sum = memory.loader(c.result, lane, c.vector, c.count, c.rule)
+    load_sum = memory.loader(c.result, lane, c.vector, c.loads, c.rule)
     store = memory.storer(c.result, *geometry)
-    chosen_of = memory.chooser(c.mask, c.vector, c.count, c.rule)
+    chosen_of = memory.chooser(c.mask, c.vector, c.loads, c.rule)
     store_y = memory.affine_storer(c.result, *geometry, c.weight, c.bias)
     rounded = memory.rounder(c.result, lane, width)
     of_tile, merge = moments(lane, 1, c.centred)
@@ -68,7 +69,7 @@ def kernel(c: Rows) -> Kernel:
     from_x, from_stats = c.takes == "x", c.takes == "stats"
     to_table, to_stats = c.leaves == "table", c.leaves == "stats"
     block_wide = c.team > WARP
-    whole_tile = np.int64(c.team * c.count)
+    whole_tile = np.int64(c.team * c.loads)
     step = np.int64(c.team)
     source_size, result_size = item_size(c.source), item_size(c.result)
     inverse_of, rstd_of = inverse_gain(lane), rstd_function()
@@ -214,7 +215,7 @@ def forward(
     table = workspace(24 * whole.numbers[0]).address
     _launch(launch.rows(plan, call, "x", "table", False), addresses, table, 0.0, stream)
     if call.added:
-        x, residual, total, *rest = addresses
+        _, _, total, *rest = addresses
         addresses = (total, 0, 0, *rest)
         call = launch.summed(call)
     _launch(launch.rows(plan, call, "table", "stats", True), addresses, table, eps, stream)

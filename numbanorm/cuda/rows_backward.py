@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +36,7 @@ from .welford import add, gain_for_rstd, inverse_gain, team
 
 
 @cache
-def statistics_of(c: Backward):
+def statistics_of(c: Backward) -> Any:
     """Return the function that reads a group's (gain, hi, lo, scale): ``h = ((x * gain - hi) - lo) * scale``."""
     scalar = np.float64 if c.wide else np.float32
     lane = types.float64 if c.wide else types.float32
@@ -62,12 +63,12 @@ def fused_kernel(c: Backward) -> Kernel:
     lane = types.float64 if c.wide else types.float32
     name = "float64" if c.wide else "float32"
     scalar = np.float64 if c.wide else np.float32
-    geometry = (lane, c.vector, c.count, "flat")
-    width = c.vector * c.count
+    geometry = (lane, c.vector, c.loads, "flat")
+    width = c.vector * c.loads
     load_dy, load_x = memory.loader(c.result, *geometry), memory.loader(c.source, *geometry)
     store_dx = memory.storer(c.result, *geometry)
     load_slab, store_slab = memory.loader(name, *geometry), memory.storer(name, *geometry)
-    chosen_of = memory.chooser(c.mask, c.vector, c.count, "flat")
+    chosen_of = memory.chooser(c.mask, c.vector, c.loads, "flat")
     weights = memory.gatherer("along", *geometry)
     statistics = statistics_of(c)
     merged = team(lane, c.team, add)
@@ -105,7 +106,7 @@ def fused_kernel(c: Backward) -> Kernel:
             if weighted:
                 d = d * weights(weight, ints(0), *here, ints(1), size)
             if not fixed:
-                a, b, n, none = merged(fold(d), fold(d * h), count_of(chosen), zero)
+                a, b, n, _ = merged(fold(d), fold(d * h), count_of(chosen), zero)
                 share = zero
                 if n > zero:
                     share = inverse(n)
@@ -136,9 +137,9 @@ def sums_kernel(c: Backward) -> Kernel:
     """
     lane = types.float64 if c.wide else types.float32
     scalar = np.float64 if c.wide else np.float32
-    geometry = (lane, c.vector, c.count, c.rule)
+    geometry = (lane, c.vector, c.loads, c.rule)
     load_dy, load_x = memory.loader(c.result, *geometry), memory.loader(c.source, *geometry)
-    chosen_of = memory.chooser(c.mask, c.vector, c.count, c.rule)
+    chosen_of = memory.chooser(c.mask, c.vector, c.loads, c.rule)
     weights = memory.gatherer(c.weights or "along", *geometry)
     write_number = memory.write_number
     statistics = statistics_of(c)
@@ -146,7 +147,7 @@ def sums_kernel(c: Backward) -> Kernel:
     fold, count_of = ln.fold(1), ln.count(1, lane)
     weighted, along = c.weights != "", c.weights == "along"
     step, teams = np.int64(c.team), np.int64(c.block // c.team)
-    whole_tile = np.int64(c.team * c.count)
+    whole_tile = np.int64(c.team * c.loads)
     source_size, result_size = item_size(c.source), item_size(c.result)
     masked = c.mask == "elements"
     zero = scalar(0)
@@ -206,10 +207,10 @@ def emit_kernel(c: Backward) -> Kernel:
     """Return the kernel that writes dx from the groups' sums."""
     lane = types.float64 if c.wide else types.float32
     scalar = np.float64 if c.wide else np.float32
-    geometry = (lane, c.vector, c.count, c.rule)
+    geometry = (lane, c.vector, c.loads, c.rule)
     load_dy, load_x = memory.loader(c.result, *geometry), memory.loader(c.source, *geometry)
     store_dx = memory.storer(c.result, *geometry)
-    chosen_of = memory.chooser(c.mask, c.vector, c.count, c.rule)
+    chosen_of = memory.chooser(c.mask, c.vector, c.loads, c.rule)
     weights = memory.gatherer(c.weights or "along", *geometry)
     read_number = memory.read_number
     statistics = statistics_of(c)
@@ -217,7 +218,7 @@ def emit_kernel(c: Backward) -> Kernel:
     weighted = c.weights != ""
     fixed, zero = c.fixed, scalar(0)
     step, teams = np.int64(c.team), np.int64(c.block // c.team)
-    whole_tile = np.int64(c.team * c.count)
+    whole_tile = np.int64(c.team * c.loads)
     source_size, result_size = item_size(c.source), item_size(c.result)
     ints = np.int64
 

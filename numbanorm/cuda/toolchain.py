@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any
@@ -11,6 +12,7 @@ try:
     from numba import cuda
     from numba.cuda import types
     from numba.cuda.core import config
+    from numba.cuda.core.errors import NumbaPerformanceWarning
     from numba.cuda.extending import intrinsic, lower_builtin, models, register_model
     from numba.cuda.typing.templates import AbstractTemplate, infer_global, signature
 except ImportError as _error:
@@ -92,7 +94,10 @@ class Kernel:
             return
         loaded = self._loaded.get(_device())
         if loaded is None:
-            self._dispatcher[blocks, self.threads, _stream_of_numba(stream)](*arguments)
+            with warnings.catch_warnings():
+                # That a small array cannot fill the device is nothing that its owner could change.
+                warnings.simplefilter("ignore", NumbaPerformanceWarning)
+                self._dispatcher[blocks, self.threads, _stream_of_numba(stream)](*arguments)
             overload = next(iter(self._dispatcher.overloads.values()))
             self._loaded[_device()] = overload._codelibrary.get_cufunc().kernel
             return

@@ -1,4 +1,4 @@
-"""Calls of the CUDA backend at the level of its contract, and what they must give, from formulas in extended precision."""
+"""Calls of the CUDA backend at the level of its contract, and what they must give, by formulas in longdouble."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import inspect
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from unittest import mock
 
 import numba.cuda.dispatcher as dispatcher
 from cuda.core import Linker, LinkerOptions, ObjectCode
@@ -21,9 +22,6 @@ class _AnyDevice:
     compute_capability = (8, 0)
 
 
-dispatcher.get_current_device = lambda: _AnyDevice  # device functions ask for one while they are typed
-
-
 @dataclass(frozen=True)
 class Compiled:
     """A kernel's PTX, and what the assembler said of it."""
@@ -34,6 +32,12 @@ class Compiled:
     @cached_property
     def registers(self) -> int:
         return int(re.search(r"Used (\d+) registers", self.log).group(1))
+
+    @cached_property
+    def shared(self) -> int:
+        """Bytes of shared memory of a block."""
+        found = re.search(r"(\d+) bytes smem", self.log)
+        return int(found.group(1)) if found else 0
 
     @cached_property
     def spilled(self) -> int:
@@ -51,8 +55,11 @@ def compiled(kernel: Kernel, architecture: tuple[int, int]) -> Compiled:
     """Compile a kernel as its first launch does: every argument int64, but for eps."""
     names = inspect.signature(kernel.function).parameters
     signature = tuple(types.float64 if name in ("eps", "momentum", "value") else types.int64 for name in names)
-    ptx, _ = cuda.compile_ptx(kernel.function, signature, cc=architecture)
-    settings = LinkerOptions(arch="sm_{}{}".format(*architecture), ptxas_options=["-v"])
+    with mock.patch.object(dispatcher, "get_current_device", return_value=_AnyDevice):  # typing asks for one
+        ptx, _ = cuda.compile_ptx(kernel.function, signature, cc=architecture)
+    settings = LinkerOptions(
+        arch="sm_{}{}".format(*architecture), ptxas_options=["-v"], max_register_count=kernel.registers
+    )
     linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=settings)
     linker.link("cubin")
     return Compiled(ptx, linker.get_info_log())

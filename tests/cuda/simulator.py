@@ -1,11 +1,12 @@
-"""A GPU of NumPy arrays for Numba's simulator: memory that knows its bounds, warps, lanes. Import before numbanorm.cuda.
+"""A GPU of NumPy arrays for Numba's simulator: memory that knows its bounds, warps, lanes.
 
-Numba's simulator has no warp operations and runs every thread of a block as a thread of the process. Here threads are
-greenlets, which switch where the hardware would wait. Between two barriers they run in a random order, so that a barrier
-too few shows; loads and stores outside of what was allocated, or not aligned to their width, raise.
+Import it before numbanorm.cuda. Numba's simulator has no warp operations and runs every thread of a block as a thread
+of the process. Here threads are greenlets, which switch where the hardware would wait. Between two barriers they run in
+a random order, so that a barrier too few shows; loads and stores outside of what was allocated, or not aligned to their
+width, raise.
 
-What one thread holds as lanes is a NumPy array here; the functions that make, join, load and store lanes are replaced by
-ones that do the same to arrays. All else is the kernels' own code.
+What one thread holds as lanes is a NumPy array here; the functions that make, join, load and store lanes are replaced
+by ones that do the same to arrays. All else is the kernels' own code.
 """
 
 from __future__ import annotations
