@@ -49,7 +49,7 @@ def error_of(result: Any, reference: Any) -> float:
     worst = 0.0
     for got, wanted in zip(result, reference, strict=False):
         if type(got).__module__.startswith("torch"):
-            got = got.float() if "bfloat16" in str(got.dtype) else got  # noqa: PLW2901
+            got = got.float() if "bfloat16" in str(got.dtype) else got
         array = np.asarray(got.numpy() if hasattr(got, "numpy") else got).astype(np.float64)
         worst = max(worst, float(np.abs(array - wanted).max() / np.abs(wanted).max()))
     return worst
@@ -163,7 +163,7 @@ def plot(results: list[dict[str, Any]], path: Path, threads: int) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     figure, axes = plt.subplots(figsize=(9, 0.19 * len(results) + 1.2), layout="constrained")
     places = range(len(results))
@@ -173,12 +173,14 @@ def plot(results: list[dict[str, Any]], path: Path, threads: int) -> None:
             axes.scatter(*zip(*points, strict=True), marker=marker, s=18, label=name)
     axes.axvline(1.0, color="black", linewidth=1)
     axes.set_xscale("log")
+    axes.set_xticks([0.25, 0.5, 1, 2, 4, 8, 16, 32])
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_yticks(places, [r["cell"] for r in results], fontsize=7)
     axes.set_ylim(len(results) - 0.5, -0.5)
     axes.set_xlabel(f"time over numbanorm's, {threads} thread(s): right of the line numbanorm is faster")
-    axes.grid(axis="x", which="both", alpha=0.25)
-    axes.legend(loc="upper center", ncols=4, bbox_to_anchor=(0.5, 1.0 + 6 / (len(results) + 6)), frameon=False)
+    axes.grid(axis="x", alpha=0.25)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(path, dpi=130)
 
 
@@ -195,7 +197,7 @@ def write_readme(results: list[dict[str, Any]], machine: dict[str, Any]) -> None
         "|---|--:" + "|--:" * len(PEERS) + "|",
     ]
     for r in results:
-        if README_CELLS.match(r["cell"]):
+        if README_CELLS.fullmatch(r["cell"]):
             ratios = [_number(r["over"].get(p), 1, 1) for p in PEERS]
             lines.append(f"| {r['cell']} | {r['seconds']['numbanorm'] * 1e6:,.1f} µs | {' | '.join(ratios)} |")
     average = ", ".join(f"{name} {mean:.2f}" for name, mean in means(results).items())
