@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,30 @@ if TYPE_CHECKING:
 Strides = tuple[int, ...]
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Strided:
+    """How arrays lie in memory; made by `strided`, one object for all that lie alike, so that it is quick to look up.
+
+    Attributes
+    ----------
+    shape, strides, dtype
+        As NumPy has them.
+    """
+
+    shape: tuple[int, ...]
+    strides: Strides
+    dtype: np.dtype[Any]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.shape, self.strides, self.dtype))
+
+
+@lru_cache(maxsize=4096)
+def strided(shape: tuple[int, ...], strides: Strides, dtype: np.dtype[Any]) -> Strided:
+    """Return the one object for this shape, these strides in bytes and this dtype."""
+    return Strided(shape, strides, dtype)
+
+
 class DeviceArray:
     """An array in device memory.
 
@@ -27,8 +53,8 @@ class DeviceArray:
         Whose array that is.
     address : int
         Of the first element, in bytes.
-    shape, strides, dtype
-        As NumPy has them.
+    lies : Strided
+        Its shape, strides and dtype.
     device : int
         The device that it lies on.
     stream : int or None
@@ -38,16 +64,14 @@ class DeviceArray:
         Whether it may be written.
     """
 
-    __slots__ = ("address", "device", "dtype", "library", "owner", "shape", "stream", "strides", "writeable")
+    __slots__ = ("address", "device", "library", "lies", "owner", "stream", "writeable")
 
     def __init__(
         self,
         owner: Any,
         library: Library,
         address: int,
-        shape: tuple[int, ...],
-        strides: Strides,
-        dtype: np.dtype[Any],
+        lies: Strided,
         device: int,
         stream: int | None = None,
         writeable: bool = True,
@@ -55,22 +79,30 @@ class DeviceArray:
         self.owner = owner
         self.library = library
         self.address = address
-        self.shape = shape
-        self.strides = strides
-        self.dtype = dtype
+        self.lies = lies
         self.device = device
         self.stream = stream
         self.writeable = writeable
 
     @property
-    def key(self) -> tuple[tuple[int, ...], Strides, np.dtype[Any]]:
-        """What a plan depends on."""
-        return self.shape, self.strides, self.dtype
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return self.lies.shape
+
+    @property
+    def strides(self) -> Strides:
+        """Its strides in bytes."""
+        return self.lies.strides
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Its dtype."""
+        return self.lies.dtype
 
     @property
     def size(self) -> int:
         """Number of elements."""
-        return prod(self.shape)
+        return prod(self.lies.shape)
 
 
 class Interface:
@@ -96,19 +128,20 @@ class Interface:
         }
 
 
-def contiguous(shape: tuple[int, ...], dtype: np.dtype[Any], order: tuple[int, ...] | None = None) -> Strides:
-    """Return the strides in bytes of an array without gaps whose axes lie in memory in this order (C order if None)."""
+def contiguous(shape: tuple[int, ...], dtype: np.dtype[Any], order: tuple[int, ...] | None = None) -> Strided:
+    """Return how an array without gaps lies whose axes are in memory in this order (C order if None)."""
     strides = [0] * len(shape)
     step = dtype.itemsize
     for axis in reversed(range(len(shape)) if order is None else order):
         strides[axis] = step
         step *= max(shape[axis], 1)
-    return tuple(strides)
+    return strided(shape, tuple(strides), dtype)
 
 
-def ghost(shape: tuple[int, ...], strides: Strides, dtype: np.dtype[Any], writeable: bool = True) -> np.ndarray:
-    """Return a NumPy array of no memory with these strides, for what NumPy can tell from them; never to be read."""
-    return np.lib.stride_tricks.as_strided(np.empty(0, dtype), shape, strides, writeable=writeable)
+def ghost(lies: Strided, writeable: bool = True) -> np.ndarray:
+    """Return a NumPy array of no memory that lies so, for what NumPy can tell from that; never to be read."""
+    none = np.empty(0, lies.dtype)
+    return np.lib.stride_tricks.as_strided(none, lies.shape, lies.strides, writeable=writeable)
 
 
 def apart(out: DeviceArray, inputs: dict[str, DeviceArray]) -> None:
@@ -119,10 +152,10 @@ def apart(out: DeviceArray, inputs: dict[str, DeviceArray]) -> None:
     ValueError
         If it overlaps one of them in part.
     """
-    low, high = _bounds(out.shape, out.strides, out.dtype.itemsize)
+    low, high = _bounds(out.lies)
     start, end = out.address + low, out.address + high
     for name, array in inputs.items():
-        low, high = _bounds(array.shape, array.strides, array.dtype.itemsize)
+        low, high = _bounds(array.lies)
         if array.address + low >= end or array.address + high <= start:
             continue
         as_output(_addressed(out), out.shape, out.dtype, {name: _addressed(array)})
@@ -130,17 +163,17 @@ def apart(out: DeviceArray, inputs: dict[str, DeviceArray]) -> None:
 
 def share_memory(a: DeviceArray, b: DeviceArray) -> bool:
     """Tell whether two arrays may share memory, from their bounds alone."""
-    (low_a, high_a), (low_b, high_b) = (_bounds(c.shape, c.strides, c.dtype.itemsize) for c in (a, b))
+    (low_a, high_a), (low_b, high_b) = (_bounds(c.lies) for c in (a, b))
     return a.address + low_a < b.address + high_b and b.address + low_b < a.address + high_a
 
 
 @lru_cache(maxsize=4096)
-def _bounds(shape: tuple[int, ...], strides: Strides, itemsize: int) -> tuple[int, int]:
+def _bounds(lies: Strided) -> tuple[int, int]:
     """Return where an array begins and ends, in bytes from its first element."""
-    if 0 in shape:
+    if 0 in lies.shape:
         return 0, 0
-    reach = [(n - 1) * s for n, s in zip(shape, strides, strict=True)]
-    return sum(min(r, 0) for r in reach), sum(max(r, 0) for r in reach) + itemsize
+    reach = [(n - 1) * s for n, s in zip(lies.shape, lies.strides, strict=True)]
+    return sum(min(r, 0) for r in reach), sum(max(r, 0) for r in reach) + lies.dtype.itemsize
 
 
 class _Addressed:

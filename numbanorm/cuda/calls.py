@@ -17,7 +17,7 @@ from ..dtypes import Format, format_of, is_float
 from ..layout import Layout
 from ..plan import RSTD, Options
 from . import devices, running
-from .arrays import DeviceArray, apart, ghost
+from .arrays import DeviceArray, apart, contiguous, ghost
 from .copying import copy, fill
 from .libraries import library_of, read, read_beside
 from .memory import Span
@@ -52,6 +52,8 @@ def _format(array: DeviceArray, name: str) -> Format:
 class Call:
     """One checked call, as `numbanorm.calls.Call` is."""
 
+    __slots__ = ("bias", "mask", "out", "recipe", "residual", "stats", "total", "weight", "x", "y")
+
     def __init__(
         self,
         norm: str,
@@ -73,12 +75,13 @@ class Call:
         self.recipe: Recipe = forward_recipe(
             norm,
             options,
-            x.key,
-            self.weight and self.weight.key,
-            self.bias and self.bias.key,
-            self.mask and self.mask.key,
-            self.residual and self.residual.key,
-            self.out and (*self.out.key, self.out.writeable),
+            x.lies,
+            self.weight and self.weight.lies,
+            self.bias and self.bias.lies,
+            self.mask and self.mask.lies,
+            self.residual and self.residual.lies,
+            self.out and self.out.lies,
+            self.out is None or self.out.writeable,
         )
         if self.out is not None:
             inputs = {"x": x, "residual": self.residual, "weight": self.weight, "bias": self.bias, "mask": self.mask}
@@ -96,13 +99,13 @@ class Call:
         plan, stream = recipe.plan, x.stream or 0
         rows = 4 * plan.layout.groups
         if keep:
-            self.stats = x.library.empty((rows,), (8,), FLOAT64, x)
+            self.stats = x.library.empty(contiguous((rows,), FLOAT64), x)
             stats = Span(self.stats.address, FLOAT64, rows)
         else:
             stats = scratch.take("stats", FLOAT64, rows, x)
         y = self._output()
         if recipe.total is not None:
-            self.total = x.library.empty(*recipe.total, x)
+            self.total = x.library.empty(recipe.total, x)
         if plan.size == 0:
             _nothing(stats, eps, stream)
             return stats
@@ -168,9 +171,9 @@ class Call:
         x, recipe = self.x, self.recipe
         if self.out is not None:
             self.y = self.out
-            return self.out if recipe.deliver is None else x.library.empty(*recipe.fresh, x)
-        y = x.library.empty(*recipe.fresh, x)
-        self.y = y if recipe.deliver is None else x.library.empty(*recipe.deliver, x)
+            return self.out if recipe.deliver is None else x.library.empty(recipe.fresh, x)
+        y = x.library.empty(recipe.fresh, x)
+        self.y = y if recipe.deliver is None else x.library.empty(recipe.deliver, x)
         return y
 
     def _deliver(self, y: DeviceArray) -> None:
@@ -187,7 +190,7 @@ def _span(
     if reading.copy is None:
         return Span(array.address - reading.lowest, reading.dtype, reading.size)
     if name in ("x", "dy", "mask"):  # as large as the input: not to be kept
-        packed = x.library.empty((reading.size,), (reading.dtype.itemsize,), reading.dtype, x)
+        packed = x.library.empty(contiguous((reading.size,), reading.dtype), x)
         scratch.hold(packed)
         span = Span(packed.address, reading.dtype, reading.size)
     else:
@@ -223,7 +226,7 @@ def run(
     """Run a norm with the statistics of its input."""
     call = Call(norm, options, source, weight, bias, mask=mask, residual=residual, out=out)
     scratch = scratch_of(source)
-    with devices.within(source.device), scratch:
+    with scratch:
         call.forward(eps, return_stats, scratch)
     return call.result(return_stats)
 
@@ -254,7 +257,7 @@ def tracked(
     options = (integer(channel_axis, "channel_axis"), None, None)
     if not from_input:
         if mask is not None:
-            as_mask(ghost(*read_beside(mask, "mask", source).key), source.shape)
+            as_mask(ghost(read_beside(mask, "mask", source).lies), source.shape)
         norm, mask = "batch", None  # statistics that are given are not limited by a mask
     call = Call(norm, options, source, weight, bias, mask=mask, out=out)
     layout = call.recipe.plan.layout
@@ -269,10 +272,10 @@ def tracked(
     if not from_input:
         if means is None:
             raise ValueError("running_mean, running_var: expected both to normalize with them, got None")
-        with devices.within(source.device), scratch:
+        with scratch:
             rows = 4 * layout.size
             if keep:
-                call.stats = source.library.empty((rows,), (8,), FLOAT64, source)
+                call.stats = source.library.empty(contiguous((rows,), FLOAT64), source)
                 stats = Span(call.stats.address, FLOAT64, rows)
             else:
                 stats = scratch.take("stats", FLOAT64, rows, source)
@@ -289,7 +292,7 @@ def tracked(
         raise ValueError(
             f"x: expected more than 1 value per channel to normalize with its own statistics, got shape {source.shape}"
         )
-    with devices.within(source.device), scratch:
+    with scratch:
         stats = call.forward(eps, keep, scratch)
         if means is not None and source.size > 0:
             running.update(means, variances, stats, *call.recipe.samples, share, counter, stream)
@@ -351,20 +354,20 @@ def run_backward(
     recipe = backward_recipe(
         norm,
         options,
-        source.key,
-        given.key,
-        weights and weights.key,
-        means and means.key,
-        stds.key,
-        counted and counted.key,
+        source.lies,
+        given.lies,
+        weights and weights.lies,
+        means and means.lies,
+        stds.lies,
+        counted and counted.lies,
     )
     plan, stream, library = recipe.plan, source.stream or 0, source.library
     size, lane = plan.layout.size, form.lane
     scratch = scratch_of(source)
-    with devices.within(source.device), scratch:
-        dx = library.empty(*recipe.fresh, source)
-        result = dx if recipe.deliver is None else library.empty(*recipe.deliver, source)
-        gradients = [library.empty(*recipe.gradient, source) for _ in range(2 if plan.layout.centred else 1)]
+    with scratch:
+        dx = library.empty(recipe.fresh, source)
+        result = dx if recipe.deliver is None else library.empty(recipe.deliver, source)
+        gradients = [library.empty(recipe.gradient, source) for _ in range(2 if plan.layout.centred else 1)]
         if recipe.convert:
             spans = [scratch.take(name, lane, size, source) for name in ("dweight", "dbias")[: len(gradients)]]
         else:
@@ -414,17 +417,19 @@ def statistics(x: Any, axis: tuple[int, ...] | None, mask: Any) -> tuple[Layout,
     """
     source, _ = as_input(x, "x")
     if not source.shape:
-        one = (source.address, (1,), (source.dtype.itemsize,), source.dtype, source.device, source.stream)
-        source = DeviceArray(source.owner, source.library, *one)
+        one = contiguous((1,), source.dtype)
+        source = DeviceArray(source.owner, source.library, source.address, one, source.device, source.stream)
     counted = None if mask is None else read_beside(mask, "mask", source)
     axes = tuple(range(len(source.shape))) if axis is None else axis
-    recipe = forward_recipe("layer", (1, None, axes), source.key, None, None, counted and counted.key, None, None)
+    recipe = forward_recipe(
+        "layer", (1, None, axes), source.lies, None, None, counted and counted.lies, None, None, True
+    )
     layout = recipe.plan.layout
     rows = 4 * layout.groups
     if recipe.plan.size == 0:
         return layout, np.zeros((4, layout.groups)), counted is None
     scratch = scratch_of(source)
-    with devices.within(source.device), scratch:
+    with scratch:
         stats = scratch.take("stats", FLOAT64, rows, source)
         spans = [
             _span(array, reading, name, source, scratch)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..dtypes import WIDE
-from .arrays import DeviceArray, Strides
+from .arrays import DeviceArray, Strided
 from .lanes import I64, narrowed, tile
 from .launch import item_size
 from .memory import Span, loader, storer
@@ -21,8 +21,6 @@ from .toolchain import Kernel, cuda, intrinsic, ir, types
 THREADS = 256
 AXES = 4
 """Axes, after neighbours have been joined, that one launch walks; more are walked by the host."""
-
-Array = tuple[Strides, np.dtype[Any]]
 
 
 class Copy(NamedTuple):
@@ -65,14 +63,15 @@ class Copy(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def copying(shape: tuple[int, ...], target: Array, source: Array, added: Array | None = None) -> Copy:
-    """Plan a copy between arrays of one shape, each given by its strides in bytes and its dtype."""
-    arrays = (target, source, added or ((0,) * len(shape), source[1]))
-    sizes = tuple(dtype.itemsize for _, dtype in arrays)
+def copying(target: Strided, source: Strided, added: Strided | None = None) -> Copy:
+    """Plan a copy between arrays of one shape."""
+    shape = target.shape
+    arrays = (target, source, added or Strided(shape, (0,) * len(shape), source.dtype))
+    sizes = tuple(array.dtype.itemsize for array in arrays)
     # Negative strides and all: an axis that continues the one before it is joined to it.
     axes: list[tuple[int, list[int]]] = []
     for axis, length in enumerate(shape):
-        steps = [strides[axis] // size for (strides, _), size in zip(arrays, sizes, strict=True)]
+        steps = [array.strides[axis] // size for array, size in zip(arrays, sizes, strict=True)]
         if length == 1:
             continue
         if axes and all(before == step * length for before, step in zip(axes[-1][1], steps, strict=True)):
@@ -81,18 +80,13 @@ def copying(shape: tuple[int, ...], target: Array, source: Array, added: Array |
             axes.append((length, steps))
     lengths = tuple(length for length, _ in axes)
     strides = tuple(tuple(steps[i] for _, steps in axes) for i in range(3))
-    names = target[1].name, source[1].name, "" if added is None else added[1].name
+    names = target.dtype.name, source.dtype.name, "" if added is None else added.dtype.name
     return Copy(names, lengths, strides, sizes)
 
 
 def copy(target: DeviceArray, source: DeviceArray, stream: int, added: DeviceArray | None = None) -> None:
     """Queue a copy between arrays of one shape."""
-    planned = copying(
-        target.shape,
-        (target.strides, target.dtype),
-        (source.strides, source.dtype),
-        None if added is None else (added.strides, added.dtype),
-    )
+    planned = copying(target.lies, source.lies, None if added is None else added.lies)
     planned.run(target.address, source.address, 0 if added is None else added.address, stream)
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from importlib.metadata import version
 from typing import Any
 
 from .toolchain import SIMULATED, cuda
-
-_HERE: AbstractContextManager[Any] = nullcontext()
 
 
 @cache
@@ -54,12 +51,9 @@ def describe() -> str:
     return f"{', '.join(names)}; {driver}numba-cuda {version('numba-cuda')}"
 
 
-def within(device: int) -> AbstractContextManager[Any]:
-    """Return a context in which `device` is the current one."""
-    if device_count() == 1:  # entering a context costs 3 us
-        return _HERE
-    context: AbstractContextManager[Any] = cuda.gpus[device]
-    return context
+def within(device: int) -> Any:
+    """Return a context in which `device` is the current one; None where there is no other."""
+    return cuda.gpus[device] if device_count() > 1 else None  # to enter one costs 3 us
 
 
 @lru_cache(maxsize=256)

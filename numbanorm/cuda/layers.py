@@ -10,7 +10,7 @@ from ..backends import on_cuda
 from ..checks import check_eps, normalized_axes
 from ..dtypes import is_float
 from . import calls, devices
-from .arrays import DeviceArray, share_memory
+from .arrays import DeviceArray, share_memory, strided
 from .copying import copy
 from .libraries import library_of, read_beside
 from .recipes import FLOAT64
@@ -56,7 +56,7 @@ def forward(layer: Norm, x: Any, mask: Any, residual: Any, out: Any) -> Any:
         eps = form.epsilon if layer.eps is None and layer.kind == "rms" else check_eps(layer.eps)
         call = calls.Call(layer.kind, options, source, layer.weight, layer.bias, mask=mask, residual=residual, out=out)
         scratch = scratch_of(source)
-        with devices.within(source.device), scratch:
+        with scratch:
             call.forward(eps, training, scratch)
     if training:
         layer._last = _last(call, x, mask)
@@ -99,7 +99,7 @@ def _last(call: calls.Call, x: Any, mask: Any) -> Any:
     stats = call.stats
     assert stats is not None
     views = [
-        DeviceArray(stats.owner, stats.library, stats.address + offset, shape, strides, FLOAT64, stats.device)
+        DeviceArray(stats.owner, stats.library, stats.address + offset, strided(shape, strides, FLOAT64), stats.device)
         for offset, shape, strides in call.recipe.statistics
     ]
     overwritten = call.total is None and call.out is not None and share_memory(call.out, call.x)
@@ -121,7 +121,7 @@ def backward(layer: Norm, last: Any, dy: Any, dtotal: Any) -> tuple[Any, ...]:
     results = layer._gradients(dy, last)
     if added is not None:
         dx = library_of(results[0]).read(results[0], "dx")
-        with devices.within(source.device):
+        with scratch_of(source):
             copy(dx, dx, source.stream or 0, added)
     return results
 

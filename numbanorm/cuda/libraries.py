@@ -13,14 +13,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
 
 from ..dtypes import NARROW, WIDE
 from . import devices
-from .arrays import DeviceArray, Interface, Strides, contiguous
+from .arrays import DeviceArray, Interface, Strided, Strides, contiguous, strided
 from .toolchain import cuda
 
 
@@ -37,8 +37,8 @@ class Library:
         """
         raise NotImplementedError
 
-    def empty(self, shape: tuple[int, ...], strides: Strides, dtype: np.dtype[Any], like: DeviceArray) -> DeviceArray:
-        """Return a new array without gaps, on the device and for the stream of `like`; `strides` are in bytes."""
+    def empty(self, lies: Strided, like: DeviceArray) -> DeviceArray:
+        """Return a new array that lies so, without gaps, on the device and for the stream of `like`."""
         raise NotImplementedError
 
     def view(self, array: DeviceArray, offset: int, shape: tuple[int, ...], strides: Strides) -> Any:
@@ -68,6 +68,9 @@ class Torch(Library):
         else:
             self.dtypes[torch.bfloat16] = np.dtype(bfloat16)
         self.own = {dtype: own for own, dtype in self.dtypes.items()}
+        self.strided = torch.strided
+        self._lies = lru_cache(maxsize=4096)(self._lie)
+        self._makes = lru_cache(maxsize=4096)(self._make)
         # The public way makes an object of class Stream, 1 us; torch's own compilers ask so too.
         self.raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", self._public_stream)
 
@@ -75,36 +78,42 @@ class Torch(Library):
         return int(self.torch.cuda.current_stream(device).cuda_stream)
 
     def read(self, value: Any, name: str) -> DeviceArray:
-        dtype = self.dtypes.get(value.dtype)
-        if dtype is None or not value.is_cuda or value.requires_grad or value.layout is not self.torch.strided:
+        if not value.is_cuda or value.requires_grad or value.layout is not self.strided:
             raise TypeError(f"{name}: {self._refusal(value)}")
         if value.is_neg():
             raise TypeError(f"{name}: expected a tensor that is in memory as it reads; call .resolve_neg() first")
-        size = dtype.itemsize
-        strides = tuple([size * s for s in value.stride()])
-        return DeviceArray(value, self, value.data_ptr(), tuple(value.shape), strides, dtype, value.get_device())
+        lies = self._lies(value.shape, value.stride(), value.dtype)
+        if lies is None:
+            raise TypeError(f"{name}: {self._refusal(value)}")
+        return DeviceArray(value, self, value.data_ptr(), lies, value.get_device())
+
+    def _lie(self, shape: Any, steps: tuple[int, ...], own: Any) -> Strided | None:
+        dtype = self.dtypes.get(own)
+        return None if dtype is None else strided(tuple(shape), tuple(s * dtype.itemsize for s in steps), dtype)
+
+    def _make(self, lies: Strided) -> tuple[tuple[int, ...], list[int], Any]:
+        return lies.shape, [s // lies.dtype.itemsize for s in lies.strides], self.own[lies.dtype]
 
     def _refusal(self, value: Any) -> str:
         if not value.is_cuda:
             return f"expected a CUDA array, as x is, got a tensor on {value.device}"
         if value.requires_grad:
             return "expected a tensor that does not require grad (call .detach() first)"
-        if value.layout is not self.torch.strided:
+        if value.layout is not self.strided:
             return f"expected a strided tensor, got layout {value.layout}"
         if value.dtype is self.torch.bfloat16:
             return 'bfloat16 needs ml_dtypes, which is not installed: pip install "numbanorm[half]"'
         known = "float16, bfloat16, float32, float64, bool or an integer of 8 to 64 bits"
         return f"expected {known}, got {value.dtype}"
 
-    def empty(self, shape: tuple[int, ...], strides: Strides, dtype: np.dtype[Any], like: DeviceArray) -> DeviceArray:
-        size = dtype.itemsize
-        steps = [s // size for s in strides]
+    def empty(self, lies: Strided, like: DeviceArray) -> DeviceArray:
+        shape, steps, dtype = self._makes(lies)
         device = like.owner.device if like.library is self else f"cuda:{like.device}"
-        tensor = self.torch.empty_strided(shape, steps, dtype=self.own[dtype], device=device)
-        return DeviceArray(tensor, self, tensor.data_ptr(), shape, strides, dtype, like.device, like.stream)
+        tensor = self.torch.empty_strided(shape, steps, dtype=dtype, device=device)
+        return DeviceArray(tensor, self, tensor.data_ptr(), lies, like.device, like.stream)
 
     def view(self, array: DeviceArray, offset: int, shape: tuple[int, ...], strides: Strides) -> Any:
-        size = array.dtype.itemsize
+        size = array.lies.dtype.itemsize
         return array.owner.as_strided(shape, [s // size for s in strides], offset // size)
 
     def stream(self, array: DeviceArray) -> int:
@@ -123,13 +132,15 @@ class CuPy(Library):
         self.cupy = cupy
 
     def read(self, value: Any, name: str) -> DeviceArray:
-        return DeviceArray(value, self, value.data.ptr, value.shape, value.strides, value.dtype, value.device.id)
+        return DeviceArray(
+            value, self, value.data.ptr, strided(value.shape, value.strides, value.dtype), value.device.id
+        )
 
-    def empty(self, shape: tuple[int, ...], strides: Strides, dtype: np.dtype[Any], like: DeviceArray) -> DeviceArray:
-        array = self.cupy.empty(shape, dtype)
-        if array.strides != strides and array.size:
-            array = self.cupy.ndarray(shape, dtype, array.data, strides)
-        return DeviceArray(array, self, array.data.ptr, shape, strides, dtype, like.device, like.stream)
+    def empty(self, lies: Strided, like: DeviceArray) -> DeviceArray:
+        array = self.cupy.empty(lies.shape, lies.dtype)
+        if array.strides != lies.strides and array.size:
+            array = self.cupy.ndarray(lies.shape, lies.dtype, array.data, lies.strides)
+        return DeviceArray(array, self, array.data.ptr, lies, like.device, like.stream)
 
     def view(self, array: DeviceArray, offset: int, shape: tuple[int, ...], strides: Strides) -> Any:
         return self.cupy.ndarray(shape, array.dtype, array.owner.data + offset, strides)
@@ -161,7 +172,7 @@ class Other(Library):
             dtype = np.dtype(interface["typestr"])
         shape = tuple(interface["shape"])
         strides = interface.get("strides")
-        strides = contiguous(shape, dtype) if strides is None else tuple(strides)
+        lies = contiguous(shape, dtype) if strides is None else strided(shape, tuple(strides), dtype)
         address, read_only = interface["data"]
         address = address or 0
         if address == 0 and 0 not in shape:
@@ -173,13 +184,13 @@ class Other(Library):
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         stream = interface.get("stream")
-        return DeviceArray(value, self, address, shape, strides, dtype, device, stream, not read_only)
+        return DeviceArray(value, self, address, lies, device, stream, not read_only)
 
-    def empty(self, shape: tuple[int, ...], strides: Strides, dtype: np.dtype[Any], like: DeviceArray) -> DeviceArray:
+    def empty(self, lies: Strided, like: DeviceArray) -> DeviceArray:
         stream = devices.numba_stream(like.stream or 0)
-        array = cuda.device_array(shape, dtype, strides=strides, stream=stream)
+        array = cuda.device_array(lies.shape, lies.dtype, strides=lies.strides, stream=stream)
         address = array.__cuda_array_interface__["data"][0] or 0
-        return DeviceArray(array, self, address, shape, strides, dtype, like.device, like.stream)
+        return DeviceArray(array, self, address, lies, like.device, like.stream)
 
     def view(self, array: DeviceArray, offset: int, shape: tuple[int, ...], strides: Strides) -> Any:
         seen = Interface(array.address + offset, shape, strides, array.dtype, array.owner, array.stream)

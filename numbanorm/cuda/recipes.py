@@ -13,16 +13,10 @@ from ..calls import public_statistic
 from ..dtypes import format_of, is_float
 from ..layout import Layout
 from ..plan import MEAN, RSTD, Options, Placement, Plan, memory_order, plan
-from .arrays import Strides, contiguous, ghost
+from .arrays import Strided, Strides, contiguous, ghost, strided
 from .copying import Copy, copying
 
 FLOAT64 = np.dtype(np.float64)
-
-Key = tuple[tuple[int, ...], Strides, np.dtype[Any]]
-"""Shape, strides in bytes and dtype of an array."""
-
-New = tuple[tuple[int, ...], Strides, np.dtype[Any]]
-"""Shape, strides in bytes and dtype of an array to be made."""
 
 View = tuple[int, tuple[int, ...], Strides]
 """Offset in bytes, shape and strides in bytes of a part of an array."""
@@ -56,13 +50,13 @@ class Recipe(NamedTuple):
         Of what is normalized.
     x, weight, bias, mask : Reading
         How the inputs are read; where there is a residual, what is normalized is read as `x`.
-    total : New or None
+    total : Strided or None
         The sum of input and residual.
     sum_first : bool
         Whether it is formed before the norm, not within.
-    fresh : New
+    fresh : Strided
         What the kernels write to, unless it is `out`.
-    deliver : New or None
+    deliver : Strided or None
         Where that is not yet what the caller gets: this is, or `out`.
     y_lowest, y_size : int
         What the kernels write to, as a span.
@@ -77,10 +71,10 @@ class Recipe(NamedTuple):
     weight: Reading | None
     bias: Reading | None
     mask: Reading | None
-    total: New | None
+    total: Strided | None
     sum_first: bool
-    fresh: New
-    deliver: New | None
+    fresh: Strided
+    deliver: Strided | None
     y_lowest: int
     y_size: int
     statistics: tuple[View, ...]
@@ -94,7 +88,7 @@ class Backward(NamedTuple):
     ----------
     dy, mean, rstd : Reading
         How these inputs are read.
-    gradient : New
+    gradient : Strided
         dweight and dbias, as the caller gets them.
     convert : Copy or None
         How they come out of the kernels' spans.
@@ -107,9 +101,9 @@ class Backward(NamedTuple):
     mean: Reading | None
     rstd: Reading
     mask: Reading | None
-    fresh: New
-    deliver: New | None
-    gradient: New
+    fresh: Strided
+    deliver: Strided | None
+    gradient: Strided
     convert: Copy | None
 
 
@@ -117,12 +111,13 @@ class Backward(NamedTuple):
 def forward_recipe(
     norm: str,
     options: Options,
-    x: Key,
-    weight: Key | None,
-    bias: Key | None,
-    mask: Key | None,
-    residual: Key | None,
-    out: tuple[tuple[int, ...], Strides, np.dtype[Any], bool] | None,
+    x: Strided,
+    weight: Strided | None,
+    bias: Strided | None,
+    mask: Strided | None,
+    residual: Strided | None,
+    out: Strided | None,
+    writeable: bool,
 ) -> Recipe:
     """Work out a forward call.
 
@@ -135,35 +130,35 @@ def forward_recipe(
     form = format_of(dtype)
     assert form is not None
     result, lane = form.result, form.lane
-    masked = None if mask is None else as_mask(ghost(*mask), shape).strides
+    masked = None if mask is None else as_mask(ghost(mask), shape).strides
     if residual is not None:
         _check_residual(residual, x)
     y = None
     if out is not None:
-        as_output(ghost(*out), shape, result, {})
-        y = out[1], result.itemsize
+        as_output(ghost(out, writeable), shape, result, {})
+        y = out.strides, result.itemsize
     work = plan(norm, options, shape, (strides, dtype.itemsize), y, masked)
     weight_reading = None if weight is None else _parameter(weight, "weight", work.layout, lane)
     bias_reading = None if bias is None else _parameter(bias, "bias", work.layout, lane)
-    total: New | None = None
+    total: Strided | None = None
     sum_first = False
     source = x
     if residual is not None:
         # As on the CPU: only the rows kernel adds on the fly, and only where both lie alike.
-        sum_first = work.columns or work.x is None or residual[1] != strides or dtype != result
+        sum_first = work.columns or work.x is None or residual.strides != strides or dtype != result
         if sum_first:
-            total = shape, contiguous(shape, result, memory_order(shape, strides, dtype.itemsize)), result
+            total = contiguous(shape, result, memory_order(shape, strides, dtype.itemsize))
             source = total
-            work = plan(norm, options, shape, (total[1], result.itemsize), y, masked)
+            work = plan(norm, options, shape, (total.strides, result.itemsize), y, masked)
         else:
             total = _fresh(work, result)
     direct = out is not None and work.y is not None
     fresh = _fresh(work, result)
-    deliver: New | None = None
+    deliver: Strided | None = None
     if out is not None:
-        deliver = None if direct else (shape, out[1], result)
+        deliver = None if direct else out
     elif work.reordered:
-        deliver = shape, contiguous(shape, result, memory_order(shape, source[1], source[2].itemsize)), result
+        deliver = contiguous(shape, result, memory_order(shape, source.strides, source.dtype.itemsize))
     target = work.y if direct and work.y is not None else work.packed
     return Recipe(
         plan=work,
@@ -186,12 +181,12 @@ def forward_recipe(
 def backward_recipe(
     norm: str,
     options: Options,
-    x: Key,
-    dy: Key,
-    weight: Key | None,
-    mean: Key | None,
-    rstd: Key,
-    mask: Key | None,
+    x: Strided,
+    dy: Strided,
+    weight: Strided | None,
+    mean: Strided | None,
+    rstd: Strided,
+    mask: Strided | None,
 ) -> Backward:
     """Work out a backward call.
 
@@ -204,21 +199,20 @@ def backward_recipe(
     form = format_of(dtype)
     assert form is not None
     result, lane = form.result, form.lane
-    if dy[0] != shape:
-        raise ValueError(f"dy: expected the shape of x, {shape}, got {dy[0]}")
-    if not is_float(dy[2]):
-        raise TypeError(f"dy: expected a float dtype, got {dy[2]}")
-    masked = None if mask is None else as_mask(ghost(*mask), shape).strides
+    if dy.shape != shape:
+        raise ValueError(f"dy: expected the shape of x, {shape}, got {dy.shape}")
+    if not is_float(dy.dtype):
+        raise TypeError(f"dy: expected a float dtype, got {dy.dtype}")
+    masked = None if mask is None else as_mask(ghost(mask), shape).strides
     # A gradient of another dtype is converted on the way, to an array that lies as it does.
-    same = dy[2] == result
-    order = memory_order(shape, dy[1], dy[2].itemsize)
-    steps = dy[1] if same else contiguous(shape, result, order)
+    same = dy.dtype == result
+    given = dy if same else contiguous(shape, result, memory_order(shape, dy.strides, dy.dtype.itemsize))
     work = plan(
         norm,
         options,
         shape,
         (strides, dtype.itemsize),
-        (steps, result.itemsize),
+        (given.strides, result.itemsize),
         masked,
         separable=True,
     )
@@ -231,20 +225,17 @@ def backward_recipe(
             raise TypeError("mean: expected an array, got None")
         mean_reading = _given_statistic(mean, "mean", layout)
     if same or work.y is None:
-        dy_reading = _array((shape, dy[1], dy[2]), work.y, work, result)
+        dy_reading = _array(dy, work.y, work, result)
     else:
-        converted = copying(shape, (steps, result), (dy[1], dy[2]))
-        dy_reading = Reading(result, work.size, 0, converted)
-    kind = lane if weight is None else weight[2]
-    gradient = layout.affine_shape, contiguous(layout.affine_shape, kind), kind
+        dy_reading = Reading(result, work.size, 0, copying(given, dy))
+    kind = lane if weight is None else weight.dtype
+    gradient = contiguous(layout.affine_shape, kind)
     convert = None
     if kind != lane or layout.affine_order is not None:
-        order = layout.affine_order or tuple(range(len(layout.affine_shape)))
-        in_memory = contiguous(layout.affine_shape, lane, order)
-        convert = copying(layout.affine_shape, gradient[1:], (in_memory, lane))
-    deliver: New | None = None
+        convert = copying(gradient, contiguous(layout.affine_shape, lane, layout.affine_order))
+    deliver: Strided | None = None
     if work.reordered:
-        deliver = shape, contiguous(shape, result, memory_order(shape, strides, dtype.itemsize)), result
+        deliver = contiguous(shape, result, memory_order(shape, strides, dtype.itemsize))
     return Backward(
         plan=work,
         x=_array(x, work.x, work),
@@ -260,30 +251,28 @@ def backward_recipe(
     )
 
 
-def _check_residual(residual: Key, x: Key) -> None:
-    if format_of(residual[2]) is None:
-        raise TypeError(f"residual: expected the dtype of x, {x[2]}, got {residual[2]}")
-    if residual[0] != x[0]:
-        raise ValueError(f"residual: expected the shape of x, {x[0]}, got {residual[0]}")
-    if residual[2] != x[2]:
-        raise TypeError(f"residual: expected the dtype of x, {x[2]}, got {residual[2]}")
+def _check_residual(residual: Strided, x: Strided) -> None:
+    if format_of(residual.dtype) is None:
+        raise TypeError(f"residual: expected the dtype of x, {x.dtype}, got {residual.dtype}")
+    if residual.shape != x.shape:
+        raise ValueError(f"residual: expected the shape of x, {x.shape}, got {residual.shape}")
+    if residual.dtype != x.dtype:
+        raise TypeError(f"residual: expected the dtype of x, {x.dtype}, got {residual.dtype}")
 
 
-def _fresh(work: Plan, dtype: np.dtype[Any]) -> New:
-    shape = work.layout.shape
-    return shape, contiguous(shape, dtype, work.layout.order), dtype
+def _fresh(work: Plan, dtype: np.dtype[Any]) -> Strided:
+    return contiguous(work.layout.shape, dtype, work.layout.order)
 
 
-def _array(key: Key, placement: Placement | None, work: Plan, dtype: np.dtype[Any] | None = None) -> Reading:
+def _array(given: Strided, placement: Placement | None, work: Plan, dtype: np.dtype[Any] | None = None) -> Reading:
     """Read an array in its place, or packed: integers as the kernels compute on them, truth values as they are."""
-    shape, strides, own = key
+    own = given.dtype
     if placement is not None:
         return Reading(own, placement.span, placement.start * own.itemsize)
     form = format_of(own)
     assert form is not None
     kind = dtype or form.result
-    packed = contiguous(shape, kind, work.layout.order)
-    return Reading(kind, work.size, 0, copying(shape, (packed, kind), (strides, own)))
+    return Reading(kind, work.size, 0, copying(contiguous(given.shape, kind, work.layout.order), given))
 
 
 def _mask(strides: Strides | None, work: Plan) -> Reading | None:
@@ -293,44 +282,42 @@ def _mask(strides: Strides | None, work: Plan) -> Reading | None:
     if work.mask is not None:
         return Reading(kind, work.mask.span, work.mask.start)
     shape = work.layout.shape
-    return Reading(
-        kind, work.size, 0, copying(shape, (contiguous(shape, kind, work.layout.order), kind), (strides, kind))
-    )
+    packed = contiguous(shape, kind, work.layout.order)
+    return Reading(kind, work.size, 0, copying(packed, strided(shape, strides, kind)))
 
 
-def _parameter(key: Key, name: str, layout: Layout, lane: np.dtype[Any]) -> Reading:
+def _parameter(given: Strided, name: str, layout: Layout, lane: np.dtype[Any]) -> Reading:
     """Read a weight or bias: flat, in the lane dtype, in the order of memory of the input."""
-    shape, _, dtype = key
+    shape, _, dtype = given
     if shape != layout.affine_shape:
         raise ValueError(f"{name}: expected shape {layout.affine_shape}, got {shape}")
     if not is_float(dtype):
         raise TypeError(f"{name}: expected a float dtype, got {dtype}")
-    return _flat(key, contiguous(shape, lane, layout.affine_order), lane)
+    return _flat(given, contiguous(shape, lane, layout.affine_order))
 
 
-def _given_statistic(key: Key, name: str, layout: Layout) -> Reading:
+def _given_statistic(given: Strided, name: str, layout: Layout) -> Reading:
     """Read a statistic that the caller gave: flat, in float64, in the order of memory of the input."""
-    shape, _, dtype = key
+    shape, _, dtype = given
     if shape != layout.stats_shape:
         raise ValueError(f"{name}: expected shape {layout.stats_shape}, got {shape}")
     if not is_float(dtype):
         raise TypeError(f"{name}: expected a float dtype, got {dtype}")
-    return _flat(key, _stats_strides(layout), FLOAT64)
+    return _flat(given, strided(shape, _stats_strides(layout), FLOAT64))
 
 
-def _flat(key: Key, packed: Strides, dtype: np.dtype[Any]) -> Reading:
-    """Read an array flat: in its place if it lies as `packed` says, else as a copy that does."""
-    shape, strides, own = key
-    size = prod(shape)
-    lies_so = all(n <= 1 or s == p for n, s, p in zip(shape, strides, packed, strict=True))
-    if own == dtype and (lies_so or size == 0):
-        return Reading(dtype, size)
-    return Reading(dtype, size, 0, copying(shape, (packed, dtype), (strides, own)))
+def _flat(given: Strided, packed: Strided) -> Reading:
+    """Read an array flat: in its place if it lies as `packed` does, else as a copy that does."""
+    size = prod(given.shape)
+    axes = zip(given.shape, given.strides, packed.strides, strict=True)
+    if given.dtype == packed.dtype and (size == 0 or all(n == 1 or s == p for n, s, p in axes)):
+        return Reading(packed.dtype, size)
+    return Reading(packed.dtype, size, 0, copying(packed, given))
 
 
 def _stats_strides(layout: Layout) -> Strides:
     """Return where the statistics of `stats_shape` lie in a row of a backend's statistics, in bytes."""
-    return public_statistic(ghost((layout.groups,), (8,), FLOAT64), layout).strides
+    return public_statistic(ghost(strided((layout.groups,), (8,), FLOAT64)), layout).strides
 
 
 def _statistic(row: int, layout: Layout) -> View:

@@ -11,6 +11,7 @@ from .arrays import DeviceArray, Interface, contiguous
 from .copying import copy
 from .libraries import OTHER, read
 from .memory import Span
+from .scratch import scratch_of
 from .toolchain import cuda
 
 _BYTES = np.dtype(np.uint8)
@@ -18,10 +19,11 @@ _BYTES = np.dtype(np.uint8)
 
 def to_device(array: np.ndarray, device: int) -> Any:
     """Return a copy of a NumPy array as a numba device array."""
-    array = np.ascontiguousarray(array)
-    like = DeviceArray(None, OTHER, 0, (), (), array.dtype, device, 0)
-    with devices.within(device):
-        made = OTHER.empty(array.shape, array.strides, array.dtype, like)
+    array = np.ascontiguousarray(array).reshape(array.shape)  # which makes one dimension of none
+    lies = contiguous(array.shape, array.dtype)
+    like = DeviceArray(None, OTHER, 0, lies, device, 0)
+    with scratch_of(like):
+        made = OTHER.empty(lies, like)
         if array.size:
             _bytes(made.address, array.nbytes, made.owner).copy_to_device(array.reshape(-1).view(_BYTES))
             devices.synchronize(0)
@@ -34,9 +36,9 @@ def to_host(value: Any) -> np.ndarray:
     if array.size == 0:
         return np.empty(array.shape, array.dtype)
     packed = contiguous(array.shape, array.dtype)
-    with devices.within(array.device):
-        if array.strides != packed:
-            gathered = array.library.empty(array.shape, packed, array.dtype, array)
+    with scratch_of(array):
+        if array.lies is not packed:
+            gathered = array.library.empty(packed, array)
             copy(gathered, array, array.stream or 0)
             array = gathered
         span = Span(array.address, array.dtype, array.size)
