@@ -7,6 +7,10 @@ compiled them, the same call may be captured in a CUDA graph.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
 
 from ..plan import Plan
 from . import columns, columns_backward, rows, rows_backward
@@ -127,6 +131,11 @@ def _addresses(*spans: Span | None) -> tuple[int, ...]:
     return tuple([0 if span is None else span.address for span in spans])
 
 
+@cache  # NumPy puts the name together anew, 2 us
+def _name(dtype: np.dtype[Any]) -> str:
+    return dtype.name
+
+
 def _call(
     x: Span,
     y: Span,
@@ -138,8 +147,8 @@ def _call(
 ) -> Call:
     low = tuple([0 if s is None else s.address % WORD for s in (x, y, mask, weight, bias, residual, total)])
     return Call(
-        source=x.dtype.name,
-        result=y.dtype.name,
+        source=_name(x.dtype),
+        result=_name(y.dtype),
         weight=weight is not None,
         bias=bias is not None,
         mask=mask is not None,
