@@ -64,7 +64,9 @@ def forward(
     """
     call = _call(x, y, weight, bias, mask, residual, total)
     part = columns if plan.columns else rows
-    part.forward(plan, call, _addresses(x, residual, total, y, mask, weight, bias, stats), float(eps), stream, workspace)
+    part.forward(
+        plan, call, _addresses(x, residual, total, y, mask, weight, bias, stats), float(eps), stream, workspace
+    )
 
 
 def statistics(
