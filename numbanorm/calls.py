@@ -346,8 +346,12 @@ def run_tracked(
         quick = _quick(norm, options, source.shape, source.dtype, weight is None, bias is None)
         if quick is not None and not (quick.fits(weight) and quick.fits(bias)):
             quick = None
-    call = None if quick is not None else Call(norm, options, x, source, form, weight, bias, mask=mask, out=out)
-    layout = quick.layout if call is None else call.plan.layout
+    call = None
+    if quick is None:
+        call = Call(norm, options, x, source, form, weight, bias, mask=mask, out=out)
+        layout = call.plan.layout
+    else:
+        layout = quick.layout
     running = None
     if running_mean is not None or running_var is not None:
         if running_mean is None or running_var is None:

@@ -75,7 +75,7 @@ def float_dtype(value: Any) -> np.dtype[Any]:
             import ml_dtypes
 
             value = ml_dtypes.bfloat16
-        dtype = np.dtype(value)
+        dtype: np.dtype[Any] = np.dtype(value)
     except (TypeError, ImportError) as error:
         raise ValueError(f"dtype: expected one of {', '.join(sorted(FLOATS))}, got {value!r} ({error})") from error
     if not is_float(dtype):
