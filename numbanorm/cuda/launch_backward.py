@@ -151,9 +151,9 @@ def rows_backward(plan: Plan, call: Call) -> BackwardPlan:
         "centred": layout.centred,
         "fixed": call.fixed,
     }
-    # Read one by one, 16 elements and their addresses would not fit in registers.
-    numbers: tuple[int, ...]
-    rung = next((r for r in FUSED if r1 * part <= r.elements and (vector > 1 or r.each <= 8)), None)
+    rung = next((r for r in FUSED if r1 * part <= r.elements), None)
+    if rung is not None and ((vector == 1 and rung.each > 8) or (wide and rung.team > 256)):
+        rung = None  # with all their addresses, or in a block of 512 threads, they would not fit in registers
     if along and r0 == 1 and k1 == 1 and rung is not None:
         count = max(1, rung.each // part // vector)
         block = block_of(rung.team, FUSED_BLOCK)

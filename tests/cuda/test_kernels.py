@@ -285,7 +285,7 @@ def test_nothing_counts(device: Device, case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [Case("layer", (300, 8), axis=(1,)), Case("layer", (2, 9, 40), axis=(1,))], ids=name_of
+    "case", [Case("layer", (600, 8), axis=(1,)), Case("layer", (2, 9, 40), axis=(1,))], ids=name_of
 )
 def test_sums_of_equal_terms(device: Device, case: Case) -> None:
     """Terms that round the same way every time: float32 may take 64 of them."""
@@ -294,6 +294,20 @@ def test_sums_of_equal_terms(device: Device, case: Case) -> None:
     stats = problem.statistics(problem.x, EPS)
     _, _, dbias = device.backward(problem, stats, False)
     check_output(dbias, problem.gradients(stats, False)[2], 1e-6)
+
+
+@pytest.mark.parametrize("case", [Case("layer", (5, 512), axis=(1,)), Case("rms", (70, 40), axis=(1,))], ids=name_of)
+def test_rows_one_after_the_other(device: Device, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A team that takes several rows, as it does where there are thousands."""
+    monkeypatch.setattr(launch_backward, "SLABS", 0.25)
+    launch_backward.rows_backward.cache_clear()
+    problem = Problem(case, separable=True)
+    stats = problem.statistics(problem.x, EPS)
+    dx, dweight, _ = device.backward(problem, stats, False)
+    expected = problem.gradients(stats, False)
+    check_output(dx, expected[0], GRADIENT["float32"])
+    check_output(dweight, expected[1], SUMS["float32"])
+    launch_backward.rows_backward.cache_clear()
 
 
 def test_the_cases_take_every_way() -> None:
