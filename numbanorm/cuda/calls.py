@@ -90,6 +90,15 @@ class Call:
         self.stats: DeviceArray | None = None
         self.y = x
 
+    def statistics(self, keep: bool, scratch: Scratch) -> Span:
+        """Return memory for the statistics, of their own where they are to be kept."""
+        lies = self.recipe.stats
+        size = lies.shape[0]
+        if not keep:
+            return scratch.take("stats", FLOAT64, size, self.x)
+        self.stats = self.x.library.empty(lies, self.x)
+        return Span(self.stats.address, FLOAT64, size)
+
     def forward(self, eps: float, keep: bool, scratch: Scratch) -> Span:
         """Normalize with the statistics of the input; return them, in memory of their own where they are to be kept.
 
@@ -97,12 +106,7 @@ class Call:
         """
         x, recipe = self.x, self.recipe
         plan, stream = recipe.plan, x.stream or 0
-        rows = 4 * plan.layout.groups
-        if keep:
-            self.stats = x.library.empty(contiguous((rows,), FLOAT64), x)
-            stats = Span(self.stats.address, FLOAT64, rows)
-        else:
-            stats = scratch.take("stats", FLOAT64, rows, x)
+        stats = self.statistics(keep, scratch)
         y = self._output()
         if recipe.total is not None:
             self.total = x.library.empty(recipe.total, x)
@@ -273,12 +277,7 @@ def tracked(
         if means is None:
             raise ValueError("running_mean, running_var: expected both to normalize with them, got None")
         with scratch:
-            rows = 4 * layout.size
-            if keep:
-                call.stats = source.library.empty(contiguous((rows,), FLOAT64), source)
-                stats = Span(call.stats.address, FLOAT64, rows)
-            else:
-                stats = scratch.take("stats", FLOAT64, rows, source)
+            stats = call.statistics(keep, scratch)
             running.given(means, variances, stats, eps, stream)
             call.apply(stats, scratch)
         return call
@@ -295,9 +294,11 @@ def tracked(
     with scratch:
         stats = call.forward(eps, keep, scratch)
         if means is not None and source.size > 0:
-            running.update(means, variances, stats, *call.recipe.samples, share, counter, stream)
-        if counter and source.size > 0:
-            running.count_batch(counter, stats, stream)
+            # Without a mask every batch counts, and the move itself can count it, unless that must read the number.
+            own = (share, counter, mask is None)
+            running.update(means, variances, stats, *call.recipe.samples, *own, stream)
+            if counter and (share is None or mask is not None):
+                running.count_batch(counter, stats, stream)
     return call
 
 

@@ -7,6 +7,8 @@ thread.
 from __future__ import annotations
 
 from functools import cache, lru_cache
+from itertools import product
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,58 +32,53 @@ class Copy(NamedTuple):
     ----------
     names : tuple of str
         The dtypes of target, source and added; "" where nothing is added.
-    lengths : tuple of int
-        Of the axes.
-    strides : tuple of tuple of int
-        Of target, source and added along them, in elements.
-    sizes : tuple of int
-        Bytes of an element of each.
+    numbers : tuple of int
+        How many elements one launch copies, the lengths of all axes but the first, and the strides of target, source
+        and added, in elements.
+    walk : tuple of (int, int, int)
+        Where each launch begins, in bytes from the first elements.
     """
 
     names: tuple[str, str, str]
-    lengths: tuple[int, ...]
-    strides: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-    sizes: tuple[int, int, int]
+    numbers: tuple[int, ...]
+    walk: tuple[tuple[int, int, int], ...]
 
     def run(self, target: int, source: int, added: int, stream: int) -> None:
         """Queue it, between these addresses of first elements."""
-        extra = len(self.lengths) - AXES
-        if extra > 0:
-            rest = Copy(self.names, self.lengths[1:], tuple(s[1:] for s in self.strides), self.sizes)
-            steps = [s[0] * size for s, size in zip(self.strides, self.sizes, strict=True)]
-            for i in range(self.lengths[0]):
-                rest.run(target + i * steps[0], source + i * steps[1], added + i * steps[2], stream)
-            return
-        count = int(np.prod(self.lengths, dtype=np.int64))
-        if count == 0:
-            return
-        missing = (0,) * -extra
-        numbers = [n for strides in self.strides for n in missing + strides]
         kernel = _kernel(*self.names)
-        lengths = (1,) * -extra + self.lengths
-        kernel(-(-count // THREADS), stream, target, source, added, count, *lengths[1:], *numbers)
+        blocks = -(-self.numbers[0] // THREADS)
+        for t, s, a in self.walk:
+            kernel(blocks, stream, target + t, source + s, added + a, *self.numbers)
 
 
 @lru_cache(maxsize=4096)
 def copying(target: Strided, source: Strided, added: Strided | None = None) -> Copy:
     """Plan a copy between arrays of one shape."""
     shape = target.shape
-    arrays = (target, source, added or Strided(shape, (0,) * len(shape), source.dtype))
-    sizes = tuple(array.dtype.itemsize for array in arrays)
-    # Negative strides and all: an axis that continues the one before it is joined to it.
+    names = target.name, source.name, "" if added is None else added.name
+    if 0 in shape:
+        return Copy(names, (), ())
+    arrays = (target, source) if added is None else (target, source, added)
+    # An axis that continues the one before it, in all arrays, is joined to it.
     axes: list[tuple[int, list[int]]] = []
     for axis, length in enumerate(shape):
-        steps = [array.strides[axis] // size for array, size in zip(arrays, sizes, strict=True)]
+        steps = [array.strides[axis] for array in arrays] + [0] * (3 - len(arrays))
         if length == 1:
             continue
         if axes and all(before == step * length for before, step in zip(axes[-1][1], steps, strict=True)):
             axes[-1] = axes[-1][0] * length, steps
         else:
             axes.append((length, steps))
-    lengths = tuple(length for length, _ in axes)
-    strides = tuple(tuple(steps[i] for _, steps in axes) for i in range(3))
-    names = target.dtype.name, source.dtype.name, "" if added is None else added.dtype.name
-    return Copy(names, lengths, strides, sizes)
+    axes = [(1, [0, 0, 0])] * (AXES - len(axes)) + axes
+    walked, axes = axes[:-AXES], axes[-AXES:]
+    walk = [
+        tuple(sum(i * steps[k] for i, (_, steps) in zip(index, walked, strict=True)) for k in range(3))
+        for index in product(*(range(length) for length, _ in walked))
+    ]
+    sizes = [array.dtype.itemsize for array in arrays] + [1] * (3 - len(arrays))
+    strides = [steps[k] // sizes[k] for k in range(3) for _, steps in axes]
+    lengths = [length for length, _ in axes]
+    return Copy(names, (prod(lengths), *lengths[1:], *strides), tuple(walk))
 
 
 def copy(target: DeviceArray, source: DeviceArray, stream: int, added: DeviceArray | None = None) -> None:

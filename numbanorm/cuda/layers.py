@@ -8,17 +8,19 @@ import numpy as np
 
 from ..backends import on_cuda
 from ..checks import check_eps, normalized_axes
-from ..dtypes import is_float
+from ..dtypes import Format, is_float
 from . import calls, devices
-from .arrays import DeviceArray, share_memory, strided
+from .arrays import DeviceArray, share_memory
 from .copying import copy
 from .libraries import library_of, read_beside
-from .recipes import FLOAT64
 from .scratch import scratch_of
 from .transfer import to_device, to_host
 
 if TYPE_CHECKING:
     from ..norm import Norm
+
+
+_ARRAYS = ("weight", "bias", "running_mean", "running_var")
 
 
 class Counter:
@@ -37,10 +39,15 @@ class Counter:
 def forward(layer: Norm, x: Any, mask: Any, residual: Any, out: Any) -> Any:
     """Do what ``layer(x, ...)`` does."""
     source, form = calls.as_input(x, "x")
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        if type(getattr(layer, name)) is np.ndarray:
-            where = f"cuda:{source.device}"
-            raise TypeError(f"{name}: expected a CUDA array, as x is; move the layer there with .to({where!r})")
+    try:
+        return _forward(layer, x, source, form, mask, residual, out)
+    except TypeError as error:
+        if any(type(getattr(layer, name)) is np.ndarray for name in _ARRAYS):
+            raise TypeError(f"{error}; move the layer there with .to('cuda:{source.device}')") from None
+        raise
+
+
+def _forward(layer: Norm, x: Any, source: DeviceArray, form: Format, mask: Any, residual: Any, out: Any) -> Any:
     training = layer.training
     if layer.kind in ("batch", "instance"):
         call = _tracked(layer, source, mask, out)
@@ -99,8 +106,8 @@ def _last(call: calls.Call, x: Any, mask: Any) -> Any:
     stats = call.stats
     assert stats is not None
     views = [
-        DeviceArray(stats.owner, stats.library, stats.address + offset, strided(shape, strides, FLOAT64), stats.device)
-        for offset, shape, strides in call.recipe.statistics
+        DeviceArray(stats.owner, stats.library, stats.address + offset, lies, stats.device)
+        for offset, lies in call.recipe.statistics
     ]
     overwritten = call.total is None and call.out is not None and share_memory(call.out, call.x)
     normalized = x if call.total is None else call.total.owner

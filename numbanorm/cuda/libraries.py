@@ -20,7 +20,7 @@ import numpy as np
 
 from ..dtypes import NARROW, WIDE
 from . import devices
-from .arrays import DeviceArray, Interface, Strided, Strides, contiguous, strided
+from .arrays import DeviceArray, Interface, Strided, contiguous, strided
 from .toolchain import cuda
 
 
@@ -41,8 +41,8 @@ class Library:
         """Return a new array that lies so, without gaps, on the device and for the stream of `like`."""
         raise NotImplementedError
 
-    def view(self, array: DeviceArray, offset: int, shape: tuple[int, ...], strides: Strides) -> Any:
-        """Return some elements of an array that `empty` made, as an array; `offset` and `strides` are in bytes."""
+    def view(self, array: DeviceArray, offset: int, lies: Strided) -> Any:
+        """Return some elements of an array that `empty` made, `offset` bytes from its first, as an array."""
         raise NotImplementedError
 
     def stream(self, array: DeviceArray) -> int:
@@ -112,9 +112,9 @@ class Torch(Library):
         tensor = self.torch.empty_strided(shape, steps, dtype=dtype, device=device)
         return DeviceArray(tensor, self, tensor.data_ptr(), lies, like.device, like.stream)
 
-    def view(self, array: DeviceArray, offset: int, shape: tuple[int, ...], strides: Strides) -> Any:
-        size = array.lies.dtype.itemsize
-        return array.owner.as_strided(shape, [s // size for s in strides], offset // size)
+    def view(self, array: DeviceArray, offset: int, lies: Strided) -> Any:
+        shape, steps, _ = self._makes(lies)
+        return array.owner.as_strided(shape, steps, offset // lies.dtype.itemsize)
 
     def stream(self, array: DeviceArray) -> int:
         return self.raw_stream(array.device)
@@ -142,8 +142,8 @@ class CuPy(Library):
             array = self.cupy.ndarray(lies.shape, lies.dtype, array.data, lies.strides)
         return DeviceArray(array, self, array.data.ptr, lies, like.device, like.stream)
 
-    def view(self, array: DeviceArray, offset: int, shape: tuple[int, ...], strides: Strides) -> Any:
-        return self.cupy.ndarray(shape, array.dtype, array.owner.data + offset, strides)
+    def view(self, array: DeviceArray, offset: int, lies: Strided) -> Any:
+        return self.cupy.ndarray(lies.shape, lies.dtype, array.owner.data + offset, lies.strides)
 
     def stream(self, array: DeviceArray) -> int:
         return int(self.cupy.cuda.get_current_stream().ptr)
@@ -192,8 +192,8 @@ class Other(Library):
         address = array.__cuda_array_interface__["data"][0] or 0
         return DeviceArray(array, self, address, lies, like.device, like.stream)
 
-    def view(self, array: DeviceArray, offset: int, shape: tuple[int, ...], strides: Strides) -> Any:
-        seen = Interface(array.address + offset, shape, strides, array.dtype, array.owner, array.stream)
+    def view(self, array: DeviceArray, offset: int, lies: Strided) -> Any:
+        seen = Interface(array.address + offset, lies, array.owner, array.stream)
         return cuda.as_cuda_array(seen, sync=False)
 
     def stream(self, array: DeviceArray) -> int:

@@ -18,8 +18,8 @@ from .copying import Copy, copying
 
 FLOAT64 = np.dtype(np.float64)
 
-View = tuple[int, tuple[int, ...], Strides]
-"""Offset in bytes, shape and strides in bytes of a part of an array."""
+View = tuple[int, Strided]
+"""A part of an array: how far its first element is from that of the array, in bytes, and how it lies."""
 
 
 class Reading(NamedTuple):
@@ -60,6 +60,8 @@ class Recipe(NamedTuple):
         Where that is not yet what the caller gets: this is, or `out`.
     y_lowest, y_size : int
         What the kernels write to, as a span.
+    stats : Strided
+        The statistics.
     statistics : tuple of View
         (mean,) rstd, in the statistics.
     samples : tuple
@@ -77,6 +79,7 @@ class Recipe(NamedTuple):
     deliver: Strided | None
     y_lowest: int
     y_size: int
+    stats: Strided
     statistics: tuple[View, ...]
     samples: tuple[tuple[int, int], int]
 
@@ -126,7 +129,7 @@ def forward_recipe(
     TypeError, ValueError
         If an argument does not fit.
     """
-    shape, strides, dtype = x
+    shape, strides, dtype = x.shape, x.strides, x.dtype
     form = format_of(dtype)
     assert form is not None
     result, lane = form.result, form.lane
@@ -172,6 +175,7 @@ def forward_recipe(
         deliver=deliver,
         y_lowest=target.start * result.itemsize,
         y_size=target.span,
+        stats=contiguous((4 * work.layout.groups,), FLOAT64),
         statistics=tuple(_statistic(row, work.layout) for row in ((MEAN, RSTD) if work.layout.centred else (RSTD,))),
         samples=_samples(work.layout),
     )
@@ -195,7 +199,7 @@ def backward_recipe(
     TypeError, ValueError
         If an argument does not fit.
     """
-    shape, strides, dtype = x
+    shape, strides, dtype = x.shape, x.strides, x.dtype
     form = format_of(dtype)
     assert form is not None
     result, lane = form.result, form.lane
@@ -288,7 +292,7 @@ def _mask(strides: Strides | None, work: Plan) -> Reading | None:
 
 def _parameter(given: Strided, name: str, layout: Layout, lane: np.dtype[Any]) -> Reading:
     """Read a weight or bias: flat, in the lane dtype, in the order of memory of the input."""
-    shape, _, dtype = given
+    shape, dtype = given.shape, given.dtype
     if shape != layout.affine_shape:
         raise ValueError(f"{name}: expected shape {layout.affine_shape}, got {shape}")
     if not is_float(dtype):
@@ -298,7 +302,7 @@ def _parameter(given: Strided, name: str, layout: Layout, lane: np.dtype[Any]) -
 
 def _given_statistic(given: Strided, name: str, layout: Layout) -> Reading:
     """Read a statistic that the caller gave: flat, in float64, in the order of memory of the input."""
-    shape, _, dtype = given
+    shape, dtype = given.shape, given.dtype
     if shape != layout.stats_shape:
         raise ValueError(f"{name}: expected shape {layout.stats_shape}, got {shape}")
     if not is_float(dtype):
@@ -321,7 +325,7 @@ def _stats_strides(layout: Layout) -> Strides:
 
 
 def _statistic(row: int, layout: Layout) -> View:
-    return 8 * row * layout.groups, layout.stats_shape, _stats_strides(layout)
+    return 8 * row * layout.groups, strided(layout.stats_shape, _stats_strides(layout), FLOAT64)
 
 
 def _samples(layout: Layout) -> tuple[tuple[int, int], int]:

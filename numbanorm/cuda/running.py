@@ -21,9 +21,9 @@ THREADS = 64
 def given(mean: DeviceArray, var: DeviceArray, stats: Span, eps: float, stream: int) -> None:
     """Queue the writing of running statistics as those to normalize with: the rows MEAN and RSTD."""
     channels = mean.shape[0]
-    steps = [array.strides[0] // array.dtype.itemsize for array in (mean, var)]
+    steps = [array.lies.strides[0] // array.lies.dtype.itemsize for array in (mean, var)]
     if channels:
-        kernel = _given(mean.dtype.name, var.dtype.name)
+        kernel = _given(mean.lies.name, var.lies.name)
         kernel(-(-channels // THREADS), stream, mean.address, var.address, stats.address, channels, *steps, float(eps))
 
 
@@ -35,6 +35,7 @@ def update(
     step: int,
     momentum: float | None,
     counter: int,
+    counts: bool,
     stream: int,
 ) -> None:
     """Queue the move of running statistics towards the batch's, averaged over the samples that count.
@@ -52,14 +53,17 @@ def update(
     momentum : float or None
         Share of this batch; None for ``1/(batches + 1)`` with the batches of `counter`.
     counter : int
-        Address of the number of batches so far, as a float64; read only.
+        Address of the number of batches so far, as a float64; 0 if there is none.
+    counts : bool
+        Whether to count this batch there too, which `momentum` None does not go with.
     stream : int
         Handle.
     """
     channels = mean.shape[0]
-    steps = [array.strides[0] // array.dtype.itemsize for array in (mean, var)]
+    steps = [array.lies.strides[0] // array.lies.dtype.itemsize for array in (mean, var)]
     if channels:
-        kernel = _update(mean.dtype.name, var.dtype.name, momentum is None)
+        counts = counts and counter > 0 and momentum is not None
+        kernel = _update(mean.lies.name, var.lies.name, momentum is None, counts)
         share = 0.0 if momentum is None else float(momentum)
         addresses = (mean.address, var.address, stats.address, counter)
         kernel(channels, stream, *addresses, stats.size // 4, *samples, step, *steps, share)
@@ -99,7 +103,7 @@ def _storing(name: str) -> Any:
 
 
 @cache
-def _update(mean_name: str, var_name: str, cumulative: bool) -> Kernel:
+def _update(mean_name: str, var_name: str, cumulative: bool, counts: bool) -> Kernel:
     load_mean, load_var = (loader(name, types.float64, 1, 1, "flat") for name in (mean_name, var_name))
     (store_mean, lane_of_mean), (store_var, lane_of_var) = (_storing(name) for name in (mean_name, var_name))
     scalar, as_lane = fold(1), tile(1)
@@ -127,6 +131,8 @@ def _update(mean_name: str, var_name: str, cumulative: bool) -> Kernel:
                 for row in range(3):
                     sums[row, thread] += sums[row, thread + half]
             half //= 2
+        if counts and channel == 0 and thread == 0:
+            write_number(counter, ints(0), read_number(counter, ints(0)) + 1.0)
         if thread == 0 and sums[0, 0] > 0.0:
             share = momentum
             if cumulative:

@@ -53,4 +53,4 @@ def span_to_host(span: Span, owner: Any, stream: int) -> np.ndarray:
 
 
 def _bytes(address: int, size: int, owner: Any) -> Any:
-    return cuda.as_cuda_array(Interface(address, (size,), (1,), _BYTES, owner, None), sync=False)
+    return cuda.as_cuda_array(Interface(address, contiguous((size,), _BYTES), owner, None), sync=False)

@@ -260,9 +260,10 @@ def test_state_goes_to_where_the_layer_is() -> None:
 
 def test_layers_that_lie_elsewhere() -> None:
     layer = nn.BatchNorm(6)
-    with pytest.raises(
-        TypeError, match=r"weight: expected a CUDA array, as x is; move the layer there with .to\('cuda"
-    ):
+    wanted = (
+        r"weight: expected a CUDA array, as x is, got ndarray in host memory; move the layer there with .to\('cuda:0'"
+    )
+    with pytest.raises(TypeError, match=wanted):
         layer(Foreign(batch(0)))
     layer.to("cuda")
     layer.weight = layer.bias = None
