@@ -1,4 +1,4 @@
-"""The GPU benchmark, as far as it needs no GPU: shapes, bytes, checks against float64, table, JSON, what it says then."""
+"""The GPU benchmark, as far as it needs no GPU: shapes, bytes, checks against float64, table, JSON, errors."""
 
 from __future__ import annotations
 
