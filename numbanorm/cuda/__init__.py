@@ -124,7 +124,7 @@ def backward(
     stream, workspace
         As in `forward`.
     """
-    call = _call(x, dx, weight, None, mask, dy)._replace(fixed=fixed)
+    call = _call(x, dx, weight, None, mask, dy, fixed=fixed)
     part = columns_backward if plan.columns else rows_backward
     part.backward(plan, call, _addresses(dy, x, dx, mask, weight, mean, rstd, dweight, dbias), stream, workspace)
 
@@ -146,14 +146,17 @@ def _call(
     mask: Span | None,
     residual: Span | None = None,
     total: Span | None = None,
+    fixed: bool = False,
 ) -> Call:
-    low = tuple([0 if s is None else s.address % WORD for s in (x, y, mask, weight, bias, residual, total)])
-    return Call(
-        source=_name(x.dtype),
-        result=_name(y.dtype),
-        weight=weight is not None,
-        bias=bias is not None,
-        mask=mask is not None,
-        added=total is not None,
-        low=low if any(low) else (),
-    )
+    spans = (x, y, mask, weight, bias, residual, total)
+    low = _LOW
+    for span in spans:
+        if span is not None and span.address % WORD:
+            low = tuple([0 if s is None else s.address % WORD for s in spans])
+            break
+    # By position: names cost a microsecond.
+    own = weight is not None, bias is not None, mask is not None, total is not None, False, fixed
+    return Call(_name(x.dtype), _name(y.dtype), *own, low)
+
+
+_LOW: tuple[int, ...] = ()

@@ -35,7 +35,7 @@ def moments_kernel(c: Columns) -> Kernel:
     tile = ln.tile(c.vector * c.loads)
     zeros = ln.count(c.vector, lane)
     pick, like, some, put = ln.pick, ln.like, ln.some, ln.put
-    widened = _identity if c.wide else ln.widened
+    widened = identity if c.wide else ln.widened
     least, most, small = scalar(SAFE[lane][0]), scalar(SAFE[lane][1]), scalar(SMALL[lane])
     up, down, one, zero = scalar(GAIN[lane]), scalar(1 / GAIN[lane]), scalar(1), scalar(0)
     high, low = np.float64(1 / GAIN[lane]), np.float64(GAIN[lane])
@@ -140,7 +140,8 @@ def close_kernel(team: int, block: int) -> Kernel:
 
 
 @device
-def _identity(value):
+def identity(value):
+    """Return float64 lanes as they are, where float32 lanes would be widened or narrowed."""
     return value
 
 
@@ -148,8 +149,8 @@ def _identity(value):
 def spread(c: Columns) -> Any:
     """Return the function that gives a thread's lanes their gain, mean in two parts, and rstd, from the statistics."""
     gather = memory.gatherer("element", types.float64, c.vector, 1, "flat")
-    narrowed = _identity if c.wide else ln.narrowed
-    widened = _identity if c.wide else ln.widened
+    narrowed = identity if c.wide else ln.narrowed
+    widened = identity if c.wide else ln.widened
     pick, like = ln.pick, ln.like
     lane = types.float64 if c.wide else types.float32
     up, down, large, small = GAIN[lane], 1 / GAIN[lane], GAIN[lane] ** 0.75, GAIN[lane] ** -0.75

@@ -14,18 +14,13 @@ import numpy as np
 from ..plan import Plan
 from . import lanes as ln
 from . import memory
-from .columns import spread
+from .columns import identity, spread
 from .launch import Call, Columns, item_size
 from .launch_backward import Backward, columns_backward
 from .memory import Span
 from .rows_backward import merge_groups, merge_weights
-from .toolchain import Kernel, cuda, device, types
+from .toolchain import Kernel, cuda, types
 from .welford import add, team
-
-
-@device
-def _identity(value):
-    return value
 
 
 @cache
@@ -43,7 +38,7 @@ def sums_kernel(c: Columns) -> Kernel:
     weighted = c.weight and c.weights == "piece"
     lanes_of = spread(c)
     fold, tile, count_of, put = ln.fold(c.vector), ln.tile(c.vector * c.loads), ln.count(c.vector, lane), ln.put
-    widened = _identity if c.wide else ln.widened
+    widened = identity if c.wide else ln.widened
     ints = np.int64
     across, below, vector = np.int64(c.across), np.int64(c.block // c.across), np.int64(c.vector)
     width = np.int64(c.across * c.vector)
@@ -120,7 +115,7 @@ def emit_kernel(c: Columns, fixed: bool) -> Kernel:
     row_weights = memory.gatherer("piece", *geometry)
     lane_weights = memory.gatherer("element" if by_row else c.weights, lane, c.vector, 1, "flat")
     means_of = memory.gatherer("element", types.float64, c.vector, 1, "flat")
-    narrowed = _identity if c.wide else ln.narrowed
+    narrowed = identity if c.wide else ln.narrowed
     weighted = c.weight
     along = c.weights == "along"
     lanes_of = spread(c)
@@ -183,8 +178,8 @@ def rows_kernel(c: Backward) -> Kernel:
     geometry = (lane, c.vector, c.loads, "flat")
     load_dy, load_x = memory.loader(c.result, *geometry), memory.loader(c.source, *geometry)
     statistic = memory.gatherer("element", types.float64, c.vector, c.loads, "flat")
-    narrowed = _identity if c.wide else ln.narrowed
-    widened = _identity if c.wide else ln.widened
+    narrowed = identity if c.wide else ln.narrowed
+    widened = identity if c.wide else ln.widened
     write_number = memory.write_number
     merged = team(lane, c.team, add)
     fold = ln.fold(1)

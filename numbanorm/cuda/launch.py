@@ -326,7 +326,8 @@ def columns(plan: Plan, call: Call, part: str) -> ColumnsLaunch:
     x, y, mask = plan.x or plan.packed, plan.y or plan.packed, plan.mask or plan.packed
     wide = is_wide(call.source)
     lane = 8 if wide else 4
-    sizes = (item_size(call.source), item_size(call.result), 1, lane, lane, item_size(call.source), 1)
+    item = max(item_size(call.source), item_size(call.result))
+    sizes = (item_size(call.source), item_size(call.result), 1, lane, lane, item, 1)
     by_row = layout.inner % lanes == 0
     masked = call.mask and part != "apply"
     mask_kind = "all" if not masked else "elements" if mask.strides[3] == 1 else "runs"

@@ -151,6 +151,7 @@ def rows_backward(plan: Plan, call: Call) -> BackwardPlan:
         "centred": layout.centred,
         "fixed": call.fixed,
     }
+    numbers: tuple[int, ...]
     rung = next((r for r in FUSED if r1 * part <= r.elements), None)
     if rung is not None and ((vector == 1 and rung.each > 8) or (wide and rung.team > 256)):
         rung = None  # with all their addresses, or in a block of 512 threads, they would not fit in registers

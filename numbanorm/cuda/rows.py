@@ -7,7 +7,7 @@ the output is written from there and memory is read once.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 
@@ -194,13 +194,18 @@ def kernel(c: Rows) -> Kernel:
     return Kernel(rows, c.block, c.registers)
 
 
-def _launch(part: Launch, addresses: tuple[int, ...], table: int, eps: float, stream: int) -> None:
+@lru_cache(maxsize=4096)
+def _made(plan: Plan, call: Call, takes: str, leaves: str, writes: bool) -> tuple[Kernel, Launch]:
+    part = launch.rows(plan, call, takes, leaves, writes)
+    return kernel(part.choice), part
+
+
+def _launch(made: tuple[Kernel, Launch], addresses: tuple[int, ...], table: int, eps: float, stream: int) -> None:
+    own, (_, blocks, (x_start, y_start, mask_start), numbers) = made
     x, residual, total, y, mask, weight, bias, stats = addresses
-    x_start, y_start, mask_start = part.starts
-    residual += x_start
-    kernel(part.choice)(
-        part.blocks, stream, x + x_start, residual, total, y + y_start, mask + mask_start, weight, bias, stats, table,
-        *part.numbers, eps,
+    own(
+        blocks, stream, x + x_start, residual + x_start, total, y + y_start, mask + mask_start, weight, bias, stats,
+        table, *numbers, eps,
     )  # fmt: skip
 
 
@@ -208,32 +213,32 @@ def forward(
     plan: Plan, call: Call, addresses: tuple[int, ...], eps: float, stream: int, workspace: Callable[[int], Span]
 ) -> None:
     """Normalize: in one launch where a block has a group to itself, else in two."""
-    whole = launch.rows(plan, call, "x", "stats", True)
-    if not whole.choice.split:
+    whole = _made(plan, call, "x", "stats", True)
+    if not whole[1].choice.split:
         _launch(whole, addresses, 0, eps, stream)
         return
-    table = workspace(24 * whole.numbers[0]).address
-    _launch(launch.rows(plan, call, "x", "table", False), addresses, table, 0.0, stream)
+    table = workspace(24 * whole[1].numbers[0]).address
+    _launch(_made(plan, call, "x", "table", False), addresses, table, 0.0, stream)
     if call.added:
         _, _, total, *rest = addresses
         addresses = (total, 0, 0, *rest)
         call = launch.summed(call)
-    _launch(launch.rows(plan, call, "table", "stats", True), addresses, table, eps, stream)
+    _launch(_made(plan, call, "table", "stats", True), addresses, table, eps, stream)
 
 
 def statistics(
     plan: Plan, call: Call, addresses: tuple[int, ...], stream: int, workspace: Callable[[int], Span]
 ) -> None:
     """Write statistics alone."""
-    whole = launch.rows(plan, call, "x", "stats", False)
-    if not whole.choice.split:
+    whole = _made(plan, call, "x", "stats", False)
+    if not whole[1].choice.split:
         _launch(whole, addresses, 0, 0.0, stream)
         return
-    table = workspace(24 * whole.numbers[0]).address
-    _launch(launch.rows(plan, call, "x", "table", False), addresses, table, 0.0, stream)
-    _launch(launch.rows(plan, call, "table", "stats", False), addresses, table, 0.0, stream)
+    table = workspace(24 * whole[1].numbers[0]).address
+    _launch(_made(plan, call, "x", "table", False), addresses, table, 0.0, stream)
+    _launch(_made(plan, call, "table", "stats", False), addresses, table, 0.0, stream)
 
 
 def apply(plan: Plan, call: Call, addresses: tuple[int, ...], stream: int) -> None:
     """Normalize with given statistics."""
-    _launch(launch.rows(plan, call, "stats", "nowhere", True), addresses, 0, 0.0, stream)
+    _launch(_made(plan, call, "stats", "nowhere", True), addresses, 0, 0.0, stream)

@@ -299,15 +299,21 @@ class _Block:
                 self.function(*arguments)
 
         live = [_Thread(at, i, body) for i in range(self.threads)]
+        warp = -1
         while live:
-            RANDOM.shuffle(live)
-            for thread in live:
-                if thread.waits is None:
-                    thread.switch()
+            # One warp runs as far ahead as barriers let it, in whatever order its threads come.
+            able = [thread for thread in live if thread.waits is None]
+            if not any(thread.number // WARP == warp for thread in able):
+                warp = RANDOM.choice(able).number // WARP
+            own = [thread for thread in able if thread.number // WARP == warp]
+            RANDOM.shuffle(own)
+            for thread in own:
+                thread.switch()
             live = [thread for thread in live if not thread.dead]
             waiting: dict[Any, list[_Thread]] = {}
             for thread in live:
-                waiting.setdefault(thread.waits, []).append(thread)
+                if thread.waits is not None:
+                    waiting.setdefault(thread.waits, []).append(thread)
             moved = False
             for waits, threads in waiting.items():
                 if len(threads) == (self.threads if waits == "block" else min(WARP, self.threads - waits[0] * WARP)):
@@ -315,7 +321,7 @@ class _Block:
                     posted = {thread.number % WARP: thread.posted for thread in threads}
                     for thread in threads:
                         thread.waits, thread.posted = None, posted
-            if live and not moved:
+            if live and not moved and all(thread.waits is not None for thread in live):
                 raise RuntimeError(f"threads wait at different barriers: { {k: len(v) for k, v in waiting.items()} }")
 
 

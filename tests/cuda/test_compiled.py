@@ -207,7 +207,7 @@ def test_loads_and_stores_of_128_bits(part: str, choice: Any) -> None:
             narrow = {"f64", "b64"} if size < 8 else set()
             lone = {"f32", "b32", "u32"} if getattr(choice, "weights", "") != "along" else {"f32", "b32"}
             masks = {"u8", "b8", "u16", "b16", "u32", "b32", "u64"} if choice.mask != "all" else set()
-            assert instruction.rsplit(".", 1)[1] in narrow | lone | masks | {"f64", "b64"}, instruction
+            assert instruction.rsplit(".", 1)[1] in narrow | lone | masks | {"f64", "b64", "u64"}, instruction
 
 
 def loops(result: Compiled) -> Iterator[list[str]]:
