@@ -156,7 +156,9 @@ ALLOCATIONS: list[int] = []
 
 
 def _device_array(shape: Any, dtype: Any, strides: Any = None, stream: Any = 0) -> DeviceNDArray:
-    garbage = np.full(int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize, 0xA5, np.uint8)
+    garbage = np.full(
+        int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize, 0xFF, np.uint8
+    )  # NaN, whichever float
     ALLOCATIONS.append(garbage.size)
     if garbage.size == 0:
         return DeviceNDArray(np.empty(shape, dtype), int(stream) or None)

@@ -96,6 +96,14 @@ class TestInterface:
         with pytest.raises(ValueError, match="x: expected an address that is a multiple of 4, got 0x"):
             nn.layer_norm(x, 6)
 
+    def test_no_address(self) -> None:
+        x = Foreign(X)
+        x.span = x.span._replace(address=0)
+        with pytest.raises(
+            TypeError, match="x: expected an array in host memory or in CUDA memory, got one at the addr"
+        ):
+            nn.layer_norm(x, 6)
+
     def test_read_only_out(self) -> None:
         with pytest.raises(ValueError, match="out: expected a writeable array, got a read-only one"):
             nn.layer_norm(Foreign(X), 6, out=Foreign(X, read_only=True))

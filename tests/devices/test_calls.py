@@ -26,6 +26,7 @@ LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "rows apart": lambda a: np.concatenate([a, a], -2)[:, :, : a.shape[2]],
     "every second": lambda a: np.repeat(a, 2, -1)[..., ::2],
     "backwards": lambda a: np.ascontiguousarray(a[::-1, :, ::-1])[::-1, :, ::-1],
+    "samples backwards": lambda a: np.ascontiguousarray(a[::-1])[::-1],
     "broadcast": lambda a: np.broadcast_to(a[:, :, :1], a.shape),
     "transposed": lambda a: np.ascontiguousarray(a.transpose(2, 0, 3, 1)).transpose(1, 3, 0, 2),
 }
@@ -131,11 +132,16 @@ def test_dtypes_of_weights(name: str, dtype: Any) -> None:
     assert_same(*both(name, x, **apart))
 
 
-def test_weights_of_several_axes_in_another_order() -> None:
-    x, weight = values(0, np.float32), values(1, np.float32, (3, 6))
+SEVERAL = pytest.mark.parametrize("axis", [(3, 1), (3, 2), (2, 3, 1)])
+
+
+@SEVERAL
+def test_weights_of_several_axes_in_another_order(axis: tuple[int, ...]) -> None:
+    shape = tuple(SHAPE[a] for a in axis)
+    x, weight = values(0, np.float32), values(1, np.float32, shape)
     for array in (x, LAYOUTS["channels last"](x), LAYOUTS["transposed"](x)):
-        ours = nn.layer_norm(Foreign(array), (3, 6), Foreign(weight), axis=(3, 1), return_stats=True)
-        assert_same(host(ours), nn.layer_norm(array, (3, 6), weight, axis=(3, 1), return_stats=True))
+        ours = nn.layer_norm(Foreign(array), shape, Foreign(weight), axis=axis, return_stats=True)
+        assert_same(host(ours), nn.layer_norm(array, shape, weight, axis=axis, return_stats=True))
 
 
 MASKS = {
@@ -257,13 +263,15 @@ def test_backward_masks(name: str, mask: str) -> None:
     assert_close(*both_backward(name, dy, x, affine(name, np.float32)["weight"], MASKS[mask]()))
 
 
-def test_backward_weights_of_several_axes_in_another_order() -> None:
-    x, dy, weight = values(0, np.float32), values(1, np.float32), values(2, np.float32, (3, 6))
+@SEVERAL
+def test_backward_weights_of_several_axes_in_another_order(axis: tuple[int, ...]) -> None:
+    shape = tuple(SHAPE[a] for a in axis)
+    x, dy, weight = values(0, np.float32), values(1, np.float32), values(2, np.float32, shape)
     for array in (x, LAYOUTS["channels last"](x), LAYOUTS["transposed"](x)):
-        _, mean, rstd = nn.layer_norm(array, (3, 6), axis=(3, 1), return_stats=True)
-        theirs = nn.layer_norm_backward(dy, array, (3, 6), mean, rstd, weight, axis=(3, 1))
+        _, mean, rstd = nn.layer_norm(array, shape, axis=axis, return_stats=True)
+        theirs = nn.layer_norm_backward(dy, array, shape, mean, rstd, weight, axis=axis)
         own = foreign((mean, rstd, weight))
-        assert_close(host(nn.layer_norm_backward(Foreign(dy), Foreign(array), (3, 6), *own, axis=(3, 1))), theirs)
+        assert_close(host(nn.layer_norm_backward(Foreign(dy), Foreign(array), shape, *own, axis=axis)), theirs)
 
 
 def test_backward_of_inference() -> None:
