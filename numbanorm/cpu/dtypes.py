@@ -50,11 +50,6 @@ def deviation(array: Any, index: int, centre: float) -> float:
     raise TypeError("deviation() is for compiled kernels")
 
 
-def split_deviation(array: Any, index: int, hi: float, lo: float) -> float:
-    """Read one element minus a mean that is kept in two lanes, ``(x - hi) - lo`` (compiled code only)."""
-    raise TypeError("split_deviation() is for compiled kernels")
-
-
 def store(array: Any, index: int, value: float) -> None:
     """Write one lane as an element, rounded to nearest even (compiled code only)."""
     raise TypeError("store() is for compiled kernels")
@@ -144,11 +139,6 @@ def _counts(mask, index):
 @overload(deviation, jit_options=OPTIONS)
 def _deviation(array, index, centre):
     return lambda array, index, centre: load(array, index) - centre
-
-
-@overload(split_deviation, jit_options=OPTIONS)
-def _split_deviation(array, index, hi, lo):
-    return lambda array, index, hi, lo: (load(array, index) - hi) - lo
 
 
 @overload(store, jit_options=OPTIONS)
