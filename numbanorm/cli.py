@@ -1,13 +1,16 @@
-"""The commands ``numbanorm explain``, ``demo``, ``warmup`` and ``info``."""
+"""The commands ``numbanorm explain``, ``demo``, ``apply``, ``stats``, ``warmup`` and ``info``."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import click
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.padding import Padding
@@ -16,9 +19,12 @@ from rich.text import Text
 
 from .explain import TEXTBOOK, Case, Reading, compare, describe
 from .layout import NORMS
+from .moments import Moments
 
 _WIDTH = 100  # longer lines are hard to read
+_MOST_ROWS = 20  # of a table of statistics
 _PICTURE = click.Path(dir_okay=False, path_type=Path)
+_ARRAY = click.Path(path_type=Path)
 
 
 _HELP = """Show what batch, layer, instance, group and RMS norm do, and how fast.
@@ -28,6 +34,9 @@ Who shares a mean, and who a weight, in words and as a picture:
     numbanorm explain batch --shape 4,6,8,8 -o batch.png
 The same for four norms side by side:
     numbanorm explain batch --shape 4,6,8,8 --all -o norms.png
+A file of any size, larger than memory too:
+    numbanorm apply x.npy -o y.npy --norm layer
+    numbanorm stats x.npy --axis 0,2,3
 """
 
 
@@ -107,6 +116,73 @@ def demo(output: Path) -> None:
     _write_picture(console, [Case.of(name, Reading.of((4, 6, 8, 8))) for name in TEXTBOOK], output)
 
 
+@cli.command(short_help="Normalize an array in a file of any size.")
+@click.argument("source", metavar="IN", type=_ARRAY)
+@click.option("-o", "--output", required=True, type=_ARRAY, metavar="OUT", help="Where to, .npy or .zarr; may be IN.")
+@click.option("--norm", required=True, type=click.Choice(list(NORMS)), help="The norm.")
+@click.option("--groups", type=int, metavar="G", help="Number of groups of channels, for group norm.")
+@click.option("--channel-axis", type=int, default=1, show_default=True, metavar="AXIS", help="Axis of the channels.")
+@click.option("--axis", metavar="AXIS,...", help="Axes that layer and RMS norm average over: -1 if not given.")
+@click.option("--eps", type=float, help="Added to the variance: 1e-5, for RMS norm the dtype's epsilon, if not given.")
+@click.option("--weight", type=_ARRAY, metavar="FILE", help="gamma, as .npy.")
+@click.option("--bias", type=_ARRAY, metavar="FILE", help="beta, as .npy.")
+@click.option("--moments", type=_ARRAY, metavar="FILE", help="For batch norm: use these, from stats --save.")
+def apply(
+    source: Path,
+    output: Path,
+    norm: str,
+    groups: int | None,
+    channel_axis: int,
+    axis: str | None,
+    eps: float | None,
+    weight: Path | None,
+    bias: Path | None,
+    moments: Path | None,
+) -> None:
+    """Normalize the array in IN, a .npy file or a Zarr folder, into OUT.
+
+    Neither has to fit in memory. OUT appears, or is replaced, when all of it is on the disk.
+    """
+    from . import files
+
+    with _one_line_errors(), _progress("normalizing") as show:
+        files.apply(
+            source,
+            output,
+            norm,
+            num_groups=groups,
+            weight=_parameter("--weight", weight),
+            bias=_parameter("--bias", bias),
+            eps=eps,
+            axis=None if axis is None else _integers("--axis", axis),
+            channel_axis=channel_axis,
+            moments=None if moments is None else Moments.load(moments),
+            progress=show,
+        )
+    _console().print(Text.assemble("The result is in ", (str(output), "bold")), soft_wrap=True)
+
+
+@cli.command(short_help="Count, mean and deviation of an array in a file of any size.")
+@click.argument("source", metavar="IN", type=_ARRAY)
+@click.option("--axis", metavar="AXIS,...", help="Axes along which to take them, such as 0,2,3; all if not given.")
+@click.option("--save", type=_ARRAY, metavar="FILE", help="Write them to an .npz file, for apply --moments.")
+@click.option("--json", "as_json", is_flag=True, help="Print all of them as JSON.")
+def stats(source: Path, axis: str | None, save: Path | None, as_json: bool) -> None:
+    """Take count, mean, variance and standard deviation of the array in IN, a .npy file or a Zarr folder."""
+    from . import files
+
+    with _one_line_errors():
+        axes = None if axis is None else _integers("--axis", axis)
+        with _progress("reading") as show:
+            moments = files.stats(source, axes, progress=show)
+        if save is not None:
+            moments.save(save)
+    if as_json:
+        click.echo(_as_json(moments))
+    else:
+        _print_moments(_console(), moments)
+
+
 @cli.command(short_help="Show versions, processor, threads and cache.")
 def info() -> None:
     """Show versions, processor, threads and the kernels' cache on disk."""
@@ -162,8 +238,62 @@ def _one_line_errors() -> Iterator[None]:
     """Turn what is wrong with the input into one line, without a traceback."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, OSError) as error:
         raise click.ClickException(str(error)) from error
+    except ModuleNotFoundError as error:
+        if error.name != "zarr":
+            raise
+        raise click.ClickException(str(error)) from error
+
+
+@contextmanager
+def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar with rate and time left, where there is a terminal; yield what is told of bytes done and in all."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    columns = TextColumn(name), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _parameter(option: str, path: Path | None) -> np.ndarray | None:
+    """Read a weight or bias."""
+    if path is None:
+        return None
+    try:
+        with path.open("rb") as file:
+            return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
+    except ValueError as error:
+        raise ValueError(f"{option}: expected a .npy file of floats, got {str(path)!r}: {error}") from error
+
+
+def _print_moments(console: Console, moments: Moments) -> None:
+    mean, std = np.asarray(moments.mean), np.asarray(moments.std())
+    console.print(f"\n{np.max(moments.count, initial=0):,} elements for each of {mean.size:,} means\n")
+    table = Table(box=box.SIMPLE_HEAD)
+    for title in ("index", "mean", "variance", "standard deviation"):
+        table.add_column(title, justify="right")
+    indices = list(islice(np.ndindex(mean.shape), _MOST_ROWS))
+    for index in indices:
+        row = mean[index], std[index] ** 2, std[index]
+        table.add_row(", ".join(map(str, index)) or "all", *(f"{value:.9g}" for value in row))
+    console.print(table)
+    if mean.size > len(indices):
+        console.print(
+            f"... and {mean.size - len(indices):,} more: --json prints, --save writes all of them\n", style="dim"
+        )
+
+
+def _as_json(moments: Moments) -> str:
+    """Return JSON with count, mean, var and std; what is not finite is null."""
+    shown = {}
+    for name, values in (("mean", moments.mean), ("var", moments.var()), ("std", moments.std())):
+        spelled = np.asarray(values, object)
+        spelled[~np.isfinite(values)] = None
+        shown[name] = spelled.tolist()
+    return json.dumps({"count": np.asarray(moments.count).tolist(), **shown})
 
 
 def _print_words(console: Console, case: Case) -> None:

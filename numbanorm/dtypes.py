@@ -51,9 +51,20 @@ def format_of(dtype: np.dtype[Any]) -> Format | None:
     return Format(lane, result, is_float, epsilon, HALF_RECORDS.get(name))
 
 
+def native(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return a dtype in the byte order of this machine.
+
+    Examples
+    --------
+    >>> native(np.dtype(">f4")) == native(np.dtype("<f4")) == np.float32
+    True
+    """
+    return dtype if dtype.isnative else dtype.newbyteorder("=")  # strings of any length know no byte order at all
+
+
 def is_float(dtype: np.dtype[Any]) -> bool:
-    """Tell whether a weight or a gradient may have this dtype."""
-    form = format_of(dtype)
+    """Tell whether a weight or a gradient may have this dtype, or it in the other byte order."""
+    form = format_of(native(dtype))
     return form is not None and form.is_float
 
 

@@ -138,6 +138,25 @@ class TestSplits:
         assert float(np.abs(m.mean - mean).max()) < 1e-6
         np.testing.assert_allclose(m.var(), np.asarray(m2 / count, float)[0], 1e-6)
 
+    @pytest.mark.parametrize("batch", [1, 2, 7, 100, 1000])
+    @pytest.mark.parametrize("axes", [(0,), (0, 2), None])
+    def test_a_mean_of_1e6_in_float64(self, batch: int, axes: Any) -> None:
+        """Merged means that are rounded to a float64 would cost the variance 1e-10 and drift by 1e-9."""
+        x = normal(0, (1500, 2, 3), np.float64) + 1e6
+        parts = [Moments.of(x[i : i + batch], axes) for i in range(0, len(x), batch)]
+        m = parts[-1]
+        for part in parts[-2::-1]:
+            m = m + part
+        check(m, x, axes or (0, 1, 2))
+        assert (np.abs(m.mean - exact(x, axes or (0, 1, 2))[1].squeeze(axes)) <= 0.51 * np.spacing(1e6)).all()
+
+    def test_masks_at_1e6_in_float64(self) -> None:
+        x = normal(0, (1500, 4), np.float64) + 1e6
+        mask = np.random.default_rng(0).random(x.shape) < 0.3
+        x[5, 1], mask[5, 1] = np.nan, False
+        m = Moments.of(x[:700], 0, mask=mask[:700]).update(x[700:], mask=mask[700:])
+        check(m, x, (0,), mask)
+
     def test_order_does_not_matter(self) -> None:
         x = normal(0, (90, 5), np.float64) * 10.0 ** np.arange(90)[:, None].clip(0, 6)
         parts = [Moments.of(x[i::3], 0) for i in range(3)]
@@ -296,6 +315,13 @@ class TestFiles:
         assert Moments.load(path).mean == 1.5
         assert [p.name for p in tmp_path.iterdir()] == ["m.npz"]
 
+    def test_files_without_a_low_part_of_the_mean(self, tmp_path: Path) -> None:
+        """Version 0.1.0 wrote such."""
+        np.savez(tmp_path / "m.npz", count=np.int64(4), mean=np.ones(3), m2=np.full(3, 8.0), axis=np.array([0]))
+        m = Moments.load(tmp_path / "m.npz").update(np.full((4, 3), 3.0))
+        np.testing.assert_array_equal(m.mean, np.full(3, 2.0))
+        np.testing.assert_array_equal(m.var(), np.full(3, 2.0))
+
     def test_readable_without_numbanorm(self, tmp_path: Path) -> None:
         path = tmp_path / "m.npz"
         Moments.of([[1.0, 3.0], [2.0, 6.0]], axis=1).save(path)
@@ -338,6 +364,8 @@ class TestFiles:
             "count of another shape": npz(count=np.zeros(4, np.int64), mean=three, m2=three),
             "float count": npz(count=np.float64(2), mean=three, m2=three),
             "float32": npz(count=two, mean=np.zeros(3, np.float32), m2=three),
+            "a low part of another shape": npz(count=two, mean=three, m2=three, mean_low=np.zeros(2)),
+            "a low part of another dtype": npz(count=two, mean=three, m2=three, mean_low=two),
             "objects": npz(count=two, mean=np.array([None] * 3), m2=three),
             "members that are no arrays": archive(**{"count.npy": b"x", "mean.npy": b"y", "m2.npy": b"z"}),
         }
@@ -358,6 +386,8 @@ class TestFiles:
             "count of another shape",
             "float count",
             "float32",
+            "a low part of another shape",
+            "a low part of another dtype",
             "objects",
             "members that are no arrays",
         ],
