@@ -1,12 +1,14 @@
 """Which backend serves an array.
 
-Two modules face the functions, `numbanorm.calls` for arrays in host memory and `numbanorm.cuda.calls` for CUDA arrays,
-under the same names: as_input, run, run_tracked, run_backward. Behind each stands a backend of kernels with one
-contract: forward, statistics, apply, backward.
+Three modules face the functions, `numbanorm.calls` for arrays in host memory, `numbanorm.cuda.calls` for CUDA arrays
+and `numbanorm.dask` for dask arrays, under the same names: as_input, run, run_tracked, run_backward. Behind the first
+two stands a backend of kernels each, with one contract: forward, statistics, apply, backward. The third hands dask's
+chunks back to the first two.
 """
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -15,7 +17,7 @@ import numpy as np
 
 
 def calls_for(x: Any, stream: Any = None) -> Any:
-    """Return what serves `x`: `numbanorm.calls`, or `numbanorm.cuda.calls`, on a stream if one is named.
+    """Return what serves `x`: `numbanorm.calls`, `numbanorm.dask`, or `numbanorm.cuda.calls`, on a stream if named.
 
     Raises
     ------
@@ -25,9 +27,15 @@ def calls_for(x: Any, stream: Any = None) -> Any:
     if type(x) is np.ndarray or not uses_cuda(x):
         if stream is not None:
             raise TypeError(f"stream: expected None for an array in host memory, got {type(stream).__name__}")
-        return _host_calls()
+        return _host_calls() if type(x) is np.ndarray or not uses_dask(x) else dask_calls()
     calls = cuda_module("calls")
     return calls if stream is None else calls.OnStream(x, stream)
+
+
+def uses_dask(x: Any) -> bool:
+    """Tell whether an array is dask's; dask is not imported for that."""
+    loaded = sys.modules.get("dask.array")
+    return loaded is not None and isinstance(x, loaded.Array)
 
 
 def uses_cuda(x: Any) -> bool:
@@ -68,6 +76,12 @@ def cuda_problem() -> str | None:
 def cuda_module(name: str) -> Any:
     """Return a module of `numbanorm.cuda`, imported when it is first needed."""
     return import_module(f".cuda.{name}", __package__)
+
+
+@cache
+def dask_calls() -> Any:
+    """Return `numbanorm.dask`, imported when there is a dask array."""
+    return import_module(".dask", __package__)
 
 
 @cache

@@ -8,8 +8,9 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
-from . import arrays
-from .backends import cuda_module, cuda_problem, on_cuda, uses_cuda
+from . import arrays, fitting
+from . import sync as synchronized
+from .backends import calls_for, cuda_module, cuda_problem, on_cuda, uses_cuda, uses_dask
 from .checks import check_eps, check_momentum, integer, lengths, normalized_axes, positive
 from .dtypes import is_float
 from .functional import (
@@ -25,6 +26,7 @@ from .functional import (
     rms_norm_backward,
 )
 from .layout import Layout
+from .moments import Moments
 
 
 class _Dispatch(type):
@@ -129,7 +131,7 @@ class Norm(metaclass=_Dispatch):
         """
         if residual is not None and not self._takes_residual:
             raise TypeError(f"residual: expected None, {type(self).__name__} takes none")
-        if type(x) is not np.ndarray and uses_cuda(x):
+        if type(x) is not np.ndarray and uses_cuda(x) and (self.sync is None or not self.training):
             return cuda_module("layers").forward(self, x, mask, residual, out)
         if not self.training:
             return self._run(x, mask, residual, out, False)
@@ -193,14 +195,17 @@ class Norm(metaclass=_Dispatch):
             self._keep(gradients)
             return dx
         if dtotal is not None:
-            added, form = arrays.as_input(dtotal, "dtotal")
-            shape = arrays.as_array(last.x, "x").shape
+            calls = calls_for(last.x)
+            added, form = calls.as_input(dtotal, "dtotal")
+            shape = calls.as_input(last.x, "x")[0].shape
             if added.shape != shape:
                 raise ValueError(f"dtotal: expected the shape of the input, {shape}, got {added.shape}")
             if not form.is_float:
                 raise TypeError(f"dtotal: expected a float dtype, got {added.dtype}")
         dx, *gradients = self._gradients(dy, last)
-        if added is not None:
+        if added is not None and uses_dask(dx):
+            dx = (dx + added).astype(dx.dtype)
+        elif added is not None:
             plain = arrays.as_array(dx, "dx")
             np.add(plain, added, out=plain, casting="same_kind")
         self._keep(gradients)
@@ -237,6 +242,7 @@ class Norm(metaclass=_Dispatch):
         return self._layout(tuple(shape))
 
     _takes_residual: ClassVar[bool] = False
+    sync: Any = None
 
     def _run(self, x: Any, mask: Any, residual: Any, out: Any, return_stats: bool) -> Any:
         raise TypeError(f"{type(self).__name__}: expected a norm of its own")
@@ -363,6 +369,11 @@ def _placed(value: Any, device: str) -> Any:
     return cuda_module("layers").placed(value, device)
 
 
+def _any_counts(mask: Any) -> bool:
+    """Tell whether a mask, checked before, lets anything in; a dask array is computed for that."""
+    return mask is None or bool(np.any(mask if uses_dask(mask) else arrays.as_array(mask, "mask")))
+
+
 class _Channelwise(Norm):
     """What batch and instance norm share: channels and running statistics."""
 
@@ -398,9 +409,8 @@ class _Channelwise(Norm):
         return layout
 
     def _run(self, x: Any, mask: Any, residual: Any, out: Any, return_stats: bool) -> Any:
-        source, _ = arrays.as_input(x, "x")
+        source, _ = calls_for(x).as_input(x, "x")
         self._layout(source.shape)
-        counted = mask is None or bool(np.any(arrays.as_array(mask, "mask")))
         tracked = self.num_batches_tracked
         from_input = self.training or tracked is None
         update = self.training and tracked is not None
@@ -423,7 +433,7 @@ class _Channelwise(Norm):
             out=out,
             return_stats=return_stats,
         )
-        if update and source.size > 0 and counted:
+        if update and source.size > 0 and _any_counts(mask):
             self.num_batches_tracked = tracked + 1  # type: ignore[operator]
         return result
 
@@ -464,6 +474,16 @@ class BatchNorm(_Channelwise):
         False: a weight alone.
     channel_axis : int, optional
         Axis of the channels; -1 for channels last.
+    sync : mpi4py communicator or callable, optional
+        Makes training calls normalize with the statistics of all processes' batches, and `backward` go through them;
+        inference does not communicate. A callable takes this process's float64 array of one axis, and returns a list
+        of all processes' arrays, in the same order everywhere. See `numbanorm.sync`.
+
+    Attributes
+    ----------
+    moments : Moments or None
+        What `fit` and `partial_fit` have seen; None before, and after other running statistics were set by
+        `load_state_dict` or `reset_running_stats`. It may be saved, loaded and assigned.
 
     Examples
     --------
@@ -476,6 +496,7 @@ class BatchNorm(_Channelwise):
     """
 
     kind = "batch"
+    moments: Moments | None
 
     def __init__(
         self,
@@ -487,8 +508,110 @@ class BatchNorm(_Channelwise):
         *,
         bias: bool = True,
         channel_axis: int = 1,
+        sync: Any = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, bias, channel_axis)
+        self.sync = synchronized.check_sync(sync)
+        self._shared: synchronized.Shared | None = None
+
+    def fit(self, batches: Any, *, mask: Any = None) -> Self:
+        """Set the running statistics to those of all the data, exactly and in one pass, and return the layer.
+
+        The variance is that of the population (ddof 0): in inference the layer then gives what a training call on all
+        the data at once would give. Both become float64, so that a mean of 1e6 loses nothing. What was fitted before
+        is forgotten; `partial_fit` continues.
+
+        Parameters
+        ----------
+        batches : array_like of shape (N, C, ...), or iterable of these
+            An array, in memory or mapped from a file, and what is sliced like one and read as it is (Zarr, h5py), are
+            taken block by block; of an iterable, a list too, one batch is held at a time. A dask array is computed.
+        mask : array_like of bool, or iterable of these, optional
+            True where an element counts: broadcastable to the array, or one for each batch.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If a batch does not fit, or nothing counts; the layer has not changed then.
+
+        Notes
+        -----
+        `num_batches_tracked` becomes the number of batches in which something counted, an array being one. A channel
+        of which nothing counted keeps mean 0 and variance 1. Order and size of the batches do not matter: statistics
+        of float64 data differ by less than 1e-12, relative.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import numbanorm as nn
+        >>> batches = (np.full((4, 1), mean) for mean in (1.0, 3.0))
+        >>> norm = nn.BatchNorm(1, eps=0.0).fit(batches).eval()
+        >>> norm.running_mean, norm.running_var
+        (array([2.]), array([1.]))
+        >>> norm(np.array([[1.0], [3.0]]))
+        array([[-1.],
+               [ 1.]])
+        """
+        fitting.fit(self, batches, mask)
+        return self
+
+    def partial_fit(self, x: Any, *, mask: Any = None) -> Self:
+        """Take one more batch into the statistics that `fit` sets, and return the layer.
+
+        It continues from `moments`, and sets the running statistics from them anew: what training calls in between
+        made of these is lost. Where there are no moments it is `fit` of this batch alone, but that a batch of which
+        nothing counts changes nothing.
+
+        Parameters
+        ----------
+        x : array_like, shape (N, C, ...)
+            One batch, of any kind that `fit` takes.
+        mask : array_like of bool, broadcastable to `x`, optional
+            True where an element counts.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the batch does not fit; the layer has not changed then.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import numbanorm as nn
+        >>> norm = nn.BatchNorm(1)
+        >>> for mean in (1.0, 3.0):
+        ...     norm = norm.partial_fit(np.full((4, 1), mean))
+        >>> norm.running_mean, norm.running_var, norm.num_batches_tracked
+        (array([2.]), array([1.]), 2)
+        """
+        fitting.partial_fit(self, x, mask)
+        return self
+
+    def reset_running_stats(self) -> None:
+        """Set the running statistics back to mean 0, variance 1 and no batches; forget what was fitted."""
+        super().reset_running_stats()
+        self.moments = None
+
+    def load_state_dict(self, mapping: Mapping[str, Any], strict: bool = True) -> Self:
+        """Do as for every layer; new running statistics forget what was fitted. See `Norm.load_state_dict`."""
+        super().load_state_dict(mapping, strict)
+        if "running_mean" in mapping or "running_var" in mapping:
+            self.moments = None
+        return self
+
+    def _run(self, x: Any, mask: Any, residual: Any, out: Any, return_stats: bool) -> Any:
+        if self.sync is None or not self.training:
+            return super()._run(x, mask, residual, out, return_stats)
+        y, mean, rstd, self._shared = synchronized.forward(self, x, mask, out)
+        return y, mean, rstd
+
+    def _gradients(self, dy: Any, last: _Last) -> tuple[Any, ...]:
+        if self._shared is None or self._shared.rstd is not last.rstd:
+            return super()._gradients(dy, last)
+        return synchronized.backward(self, dy, last, self._shared)
+
+    def _arguments(self) -> list[str]:
+        return super()._arguments() if self.sync is None else [*super()._arguments(), f"sync={self.sync!r}"]
 
 
 class InstanceNorm(_Channelwise):
@@ -580,7 +703,7 @@ class GroupNorm(Norm):
         return layout
 
     def _run(self, x: Any, mask: Any, residual: Any, out: Any, return_stats: bool) -> Any:
-        self._layout(arrays.as_input(x, "x")[0].shape)
+        self._layout(calls_for(x).as_input(x, "x")[0].shape)
         return group_norm(
             x,
             self.num_groups,
