@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .backends import on_cuda
-from .dtypes import Format, format_of, is_float
+from .dtypes import Format, format_of, is_float, native
 from .plan import Placement, Plan
 from .pool import POOL
 
@@ -45,12 +45,12 @@ def as_array(value: Any, name: str) -> np.ndarray:
 
 
 def way_back(value: Any) -> Back | None:
-    """Return what turns a NumPy array into an array of the kind of `value`; None where that is NumPy."""
+    """Return what turns a NumPy array into an array of the kind of `value`; None where that is NumPy, or unknown."""
     if isinstance(value, np.ndarray) or not hasattr(value, "__dlpack__"):
         return None
-    module = sys.modules[type(value).__module__.partition(".")[0]]
+    module = sys.modules.get(type(value).__module__.partition(".")[0])
     namespace = value.__array_namespace__() if hasattr(value, "__array_namespace__") else module
-    back: Back = namespace.from_dlpack
+    back: Back | None = getattr(namespace, "from_dlpack", None)
     return back
 
 
@@ -65,10 +65,11 @@ def as_input(value: Any, name: str) -> tuple[np.ndarray, Format]:
     array = value if type(value) is np.ndarray else as_array(value, name)
     form = format_of(array.dtype)
     if form is None:
-        array = array.astype(array.dtype.newbyteorder("="))
-        form = format_of(array.dtype)
+        dtype = native(array.dtype)
+        form = format_of(dtype)
         if form is None:
             raise TypeError(f"{name}: expected {_SUPPORTED}, got {array.dtype}")
+        array = array.astype(dtype)
     return array if array.flags.aligned else array.copy("K"), form
 
 
@@ -88,9 +89,17 @@ def as_parameter(value: Any, name: str, shape: tuple[int, ...], lane: np.dtype[A
     if array.dtype is lane and array.flags.carray:
         return array
     is_list = not hasattr(value, "dtype")
-    if not is_float(array.dtype.newbyteorder("=")) and not (is_list and array.dtype.kind in "iu"):
+    if not is_float(array.dtype) and not (is_list and array.dtype.kind in "iu"):
         raise TypeError(f"{name}: expected a float dtype, got {array.dtype}")
-    return np.require(array, lane, ["C", "A", "W"])
+    return np.require(cast(array, lane), None, ["C", "A", "W"])
+
+
+def cast(array: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+    """Return an array in another dtype, itself if it has it; what is too large for that is infinite, and no warning."""
+    if array.dtype == dtype:
+        return array
+    with np.errstate(all="ignore"):
+        return array.astype(dtype)
 
 
 def as_mask(value: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -140,8 +149,8 @@ def as_output(value: Any, shape: tuple[int, ...], dtype: np.dtype[Any], inputs: 
         raise TypeError(f"out: expected dtype {dtype}, got {out.dtype}")
     if not out.flags.writeable:
         raise ValueError("out: expected a writeable array, got a read-only one")
-    if out.size and any(n > 1 and s == 0 for n, s in zip(out.shape, out.strides, strict=True)):
-        raise ValueError("out: expected an element of memory for each element, got a broadcast array")
+    if not out.flags.c_contiguous and _overlaps_itself(out):
+        raise ValueError("out: expected an element of memory for each element, got a broadcast or overlapping array")
     if out is inputs.get("x"):
         inputs = {name: array for name, array in inputs.items() if name != "x"}
     for name, array in inputs.items():
@@ -151,6 +160,16 @@ def as_output(value: Any, shape: tuple[int, ...], dtype: np.dtype[Any], inputs: 
         if not whole and _overlap(out, array):
             raise ValueError(f"out: expected memory apart from {name} (or all of x itself), got a partial overlap")
     return out
+
+
+def _overlaps_itself(array: np.ndarray) -> bool:
+    """Tell whether elements may share memory: an axis takes steps that are shorter than what the faster axes span."""
+    span = array.itemsize
+    for step, length in sorted((abs(s), n) for n, s in zip(array.shape, array.strides, strict=True) if n > 1):
+        if step < span:
+            return array.size > 0
+        span += (length - 1) * step
+    return False
 
 
 def _same_memory(a: np.ndarray, b: np.ndarray) -> bool:

@@ -60,8 +60,8 @@ class Call:
         added = None
         if residual is not None:
             added = _residual(residual, source)
-            source = source.astype(dtype, copy=False)
-            added = added.astype(dtype, copy=False)
+            source = arrays.cast(source, dtype)
+            added = arrays.cast(added, dtype)
         target = None
         if out is not None:
             inputs = {"x": source, "residual": added, "weight": weight, "bias": bias, "mask": counted}
@@ -70,19 +70,19 @@ class Call:
         y = None if target is None or not target.flags.aligned else (target.strides, target.itemsize)
         masked = None if counted is None else counted.strides
         self.plan = plan(norm, options, shape, (source.strides, source.itemsize), y, masked)
-        layout = self.plan.layout
-        lane = form.lane
-        self.weight = None if weight is None else _parameter(weight, "weight", layout, lane)
-        self.bias = None if bias is None else _parameter(bias, "bias", layout, lane)
         total: np.ndarray | None = None
         if added is not None:
             if self.plan.columns or self.plan.x is None or added.strides != source.strides:
                 # Only the rows kernel adds on the fly, and only where both lie alike.
-                source = total = np.add(source, added)
+                with np.errstate(all="ignore"):
+                    source = total = np.add(source, added)
                 added = None
                 self.plan = plan(norm, options, shape, (source.strides, source.itemsize), y, masked)
             else:
                 total = arrays.fresh(self.plan, dtype)
+        layout, lane = self.plan.layout, form.lane  # of the sum, where that was taken above
+        self.weight = None if weight is None else parameter(weight, "weight", layout, lane)
+        self.bias = None if bias is None else parameter(bias, "bias", layout, lane)
         self._source = source
         self._residual = added
         self._total = total
@@ -279,7 +279,7 @@ class _Running:
         for name, array in (("running_mean", self.mean), ("running_var", self.var)):
             if array.shape != (channels,):
                 raise ValueError(f"{name}: expected shape {(channels,)}, got {array.shape}")
-            if not is_float(array.dtype.newbyteorder("=")):
+            if not is_float(array.dtype):
                 raise TypeError(f"{name}: expected a float dtype, got {array.dtype}")
 
     def given(self, eps: float) -> np.ndarray:
@@ -311,11 +311,12 @@ class _Running:
             count, mean, m2 = count[None], mean[None], m2[None]
         seen = count > 0
         samples = seen.sum(axis=0)
-        unbiased = m2 / np.maximum(count - 1.0, 1.0)
-        for array, values in ((self.mean, mean), (self.var, unbiased)):
-            batch = np.where(seen, values, 0.0).sum(axis=0) / np.maximum(samples, 1)
-            old = array.astype(np.float64)
-            array[...] = np.where(samples > 0, (1.0 - momentum) * old + momentum * batch, old)
+        with np.errstate(all="ignore"):  # NaN, Inf and what is too large for the dtype go the way of all arithmetic
+            unbiased = m2 / np.maximum(count - 1.0, 1.0)
+            for array, values in ((self.mean, mean), (self.var, unbiased)):
+                batch = np.where(seen, values, 0.0).sum(axis=0) / np.maximum(samples, 1)
+                old = array.astype(np.float64)
+                array[...] = np.where(samples > 0, (1.0 - momentum) * old + momentum * batch, old)
 
 
 def run_tracked(
@@ -404,7 +405,7 @@ def run_backward(
         raise ValueError(f"dy: expected the shape of x, {shape}, got {gradient.shape}")
     if not gradient_form.is_float:
         raise TypeError(f"dy: expected a float dtype, got {gradient.dtype}")
-    gradient = gradient.astype(dtype, copy=False)
+    gradient = arrays.cast(gradient, dtype)
     counted = None if mask is None or fixed else arrays.as_mask(mask, shape)
     work = plan(
         norm,
@@ -416,9 +417,9 @@ def run_backward(
         separable=True,
     )
     layout = work.layout
-    flat_weight = None if weight is None else _parameter(weight, "weight", layout, lane)
-    flat_rstd = _given_statistic(rstd, "rstd", layout)
-    flat_mean = _given_statistic(mean, "mean", layout) if layout.centred else np.zeros(1)
+    flat_weight = None if weight is None else parameter(weight, "weight", layout, lane)
+    flat_rstd = given_statistic(rstd, "rstd", layout)
+    flat_mean = given_statistic(mean, "mean", layout) if layout.centred else np.zeros(1)
     dx = arrays.fresh(work, dtype)
     if work.size == 0:
         gradients = (np.zeros(layout.size), np.zeros(layout.size))
@@ -431,6 +432,8 @@ def run_backward(
             work, flat_dy, flat_x, flat_dx, flat_weight, flat_mean, flat_rstd, flat_mask, fixed
         )
     kind = lane if weight is None else arrays.as_array(weight, "weight").dtype
+    if not is_float(kind):  # a list of integers
+        kind = lane
     if work.reordered:
         packed, dx = dx, np.empty_like(source, dtype)
         np.copyto(dx, packed)
@@ -440,20 +443,20 @@ def run_backward(
         if layout.affine_order is not None:
             lengths_in_memory = [layout.affine_shape[a] for a in layout.affine_order]
             values = values.reshape(lengths_in_memory).transpose(np.argsort(layout.affine_order))
-        results.append(values.reshape(layout.affine_shape).astype(kind, copy=False))
+        results.append(arrays.cast(values.reshape(layout.affine_shape), kind))
     back = None if type(x) is np.ndarray else arrays.way_back(x)
     return tuple(results if back is None else map(back, results))
 
 
-def _given_statistic(value: Any, name: str, layout: Layout) -> np.ndarray:
+def given_statistic(value: Any, name: str, layout: Layout) -> np.ndarray:
     """Return a statistic that the caller gave, in the order of memory of the input."""
     array = arrays.as_array(value, name)
     if array.shape != layout.stats_shape:
         raise ValueError(f"{name}: expected shape {layout.stats_shape}, got {array.shape}")
     if array.dtype != np.float64 or not array.flags.carray:
-        if not is_float(array.dtype.newbyteorder("=")):
+        if not is_float(array.dtype):
             raise TypeError(f"{name}: expected a float dtype, got {array.dtype}")
-        array = np.require(array, np.float64, ["C", "A", "W"])
+        array = np.require(arrays.cast(array, np.dtype(np.float64)), None, ["C", "A", "W"])
     if layout.stats_order is None:
         return array.reshape(-1)
     lengths_in_order = [layout.stats_lengths[a] for a in layout.stats_order]
@@ -469,9 +472,9 @@ def _residual(value: Any, x: np.ndarray) -> np.ndarray:
     return residual
 
 
-def _parameter(value: Any, name: str, layout: Layout, lane: np.dtype[Any]) -> np.ndarray:
+def parameter(value: Any, name: str, layout: Layout, lane: np.dtype[Any]) -> np.ndarray:
     """Return a weight or bias as the kernels read it: flat, in the lane dtype, in the order of memory of the input."""
-    parameter = arrays.as_parameter(value, name, layout.affine_shape, lane)
+    array = arrays.as_parameter(value, name, layout.affine_shape, lane)
     if layout.affine_order is not None:
-        parameter = np.ascontiguousarray(parameter.transpose(layout.affine_order))
-    return parameter.reshape(-1)
+        array = np.ascontiguousarray(array.transpose(layout.affine_order))
+    return array.reshape(-1)

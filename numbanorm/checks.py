@@ -73,16 +73,25 @@ def check_momentum(momentum: Any) -> float:
     """Check the share of a batch in the running statistics: a finite number."""
     if isinstance(momentum, bool) or not isinstance(momentum, Real):
         raise TypeError(f"momentum: expected a number, got {type(momentum).__name__}")
-    if not math.isfinite(momentum):
-        raise ValueError(f"momentum: expected a finite number, got {momentum}")
-    return float(momentum)
+    checked = _double(momentum)
+    if not math.isfinite(checked):
+        raise ValueError(f"momentum: expected a finite number, got {checked}")
+    return checked
+
+
+def _double(value: Any) -> float:
+    """Return a number as a float; infinity where it is too large for one."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def check_eps(eps: Any) -> float:
     """Check eps: a finite number, not negative."""
     if type(eps) is not float and (isinstance(eps, bool) or not isinstance(eps, Real)):
         raise TypeError(f"eps: expected a number, got {type(eps).__name__}")
-    checked = float(eps)
+    checked = _double(eps)
     if not 0.0 <= checked < math.inf:
-        raise ValueError(f"eps: expected a finite number not below 0, got {eps}")
+        raise ValueError(f"eps: expected a finite number not below 0, got {checked}")
     return checked

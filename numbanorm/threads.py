@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numba as _typed_numba
@@ -13,6 +14,7 @@ numba: Any = _typed_numba  # its own annotations leave out what is asked of it h
 _requested: int | None = None
 _forked = False
 _lock = threading.Lock()
+_here = threading.local()
 
 
 def set_num_threads(n: int) -> None:
@@ -59,18 +61,39 @@ def get_num_threads() -> int:
 
 
 def usable_threads() -> int:
-    """Return the threads that a kernel may use here and now: 1 in a child that was forked after threads had started."""
-    return 1 if _forked else get_num_threads()
+    """Return the threads that a kernel may use here and now.
+
+    1 under `serial`, in a child forked after threads had started, and in a parallel region of the workqueue layer.
+    """
+    return 1 if _forked or getattr(_here, "serial", False) or _in_workqueue() else get_num_threads()
 
 
-def launch_lock() -> AbstractContextManager[object]:
-    """Set up Numba's threads for a parallel kernel; return the lock to launch it under.
+@contextmanager
+def serial() -> Iterator[None]:
+    """Keep the kernels that this Python thread calls on one thread: something else runs many such calls at once."""
+    before = getattr(_here, "serial", False)
+    _here.serial = True
+    try:
+        yield
+    finally:
+        _here.serial = before
 
-    The workqueue layer aborts the process if two Python threads are in parallel kernels at once.
+
+def launch_lock() -> threading.Lock:
+    """Set up Numba's threads for a parallel kernel; return the lock that its launch must hold.
+
+    One parallel kernel runs at a time: the workqueue layer aborts the process if two Python threads are in one at once,
+    and under OpenMP each of them would start as many threads as there are cores. Who finds the lock taken runs the
+    serial twin: the bits are the same, no one waits, and a signal handler that calls a norm cannot wait for itself.
     """
     if _requested is not None and numba.get_num_threads() != _requested:
         numba.set_num_threads(_requested)
-    return _lock if _layer() != "omp" else nullcontext()
+    return _lock
+
+
+def _in_workqueue() -> bool:
+    """Tell whether this is one of workqueue's own threads, in a parallel region: a second launch would abort."""
+    return isinstance(threading.current_thread(), threading._DummyThread) and _layer() == "workqueue"
 
 
 def _layer() -> str:

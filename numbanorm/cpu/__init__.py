@@ -17,7 +17,7 @@ from .dtypes import kernel_view
 from .jit import Kernel
 from .launch import CHUNK, TABLE_BYTES, geometry
 
-__all__ = ["PARALLEL_FROM", "Settled", "apply", "backward", "forward", "statistics"]
+__all__ = ["PARALLEL_FROM", "Settled", "apply", "backward", "forward", "piece_gradient", "piece_sums", "statistics"]
 
 PARALLEL_FROM = 1 << 17
 """Elements from which a parallel launch pays: 128 Ki float32 take about 60 us on one thread, a launch 2 to 10 us."""
@@ -297,6 +297,95 @@ def backward(
     return _sum_slabs(gradients)
 
 
+def piece_sums(
+    plan: Plan, dy: np.ndarray, x: np.ndarray, weight: np.ndarray | None, mean: np.ndarray, rstd: np.ndarray
+) -> np.ndarray:
+    """Return the sums of ``g`` and ``g * (x - mean) * rstd`` over every group of a piece, float64, shape (2, groups).
+
+    Parameters
+    ----------
+    plan : Plan
+        As for `backward`; for the columns kernel with K0 of 1.
+    dy, x : np.ndarray
+        Flat spans.
+    weight : np.ndarray or None
+        For weights along the runs: flat, in the lane dtype; ``g`` is dy times it, and otherwise dy.
+    mean, rstd : np.ndarray
+        Of every group, float64; `mean` may be one element for all.
+    """
+    layout = plan.layout
+    geo = geometry(plan, True)
+    chunks = int(geo[0]["chunks"])
+    threads = _threads(plan)
+    if weight is None:
+        weight = _constant(layout.size, _lane(x), 1)
+    arguments = (kernel_view(dy), kernel_view(x), weight, np.ones(1), mean, rstd)
+    if plan.columns:
+        table = np.zeros((_units(geo), chunks, 2, int(geo[0]["tile"])))
+        _run(columns_backward.chunk_sums, threads, *arguments, table, geo)
+        lanes = table.sum(axis=1).transpose(1, 0, 2).reshape(2, -1)
+        sums = np.zeros((2, layout.groups))
+        for total, row in zip(sums, lanes, strict=True):
+            np.add.at(total, _group_of_lanes(plan, geo), row[: int(geo[0]["lanes"])])
+        return sums
+    table = np.empty((layout.groups, chunks, 2))
+    sums = np.empty((2, layout.groups))
+    _run(rows_backward.chunk_sums, threads, *arguments, table, geo)
+    _run(rows_backward.merge_sums, 1, table, sums)
+    return sums
+
+
+def piece_gradient(
+    plan: Plan,
+    dy: np.ndarray,
+    x: np.ndarray,
+    dx: np.ndarray,
+    weight: np.ndarray | None,
+    mean: np.ndarray,
+    rstd: np.ndarray,
+    means: np.ndarray,
+    mask: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Write dx of a piece from the means over whole groups of what `piece_sums` sums, shape (2, groups).
+
+    Returns the gradients of weight and bias where weights lie along the runs, empty arrays otherwise.
+    """
+    layout = plan.layout
+    geo = geometry(plan, True)
+    threads = _threads(plan)
+    if weight is None:
+        weight = _constant(layout.size, _lane(x), 1)
+    arguments = (kernel_view(dy), kernel_view(x), kernel_view(dx), mask, weight, np.ones(1), mean, rstd)
+    if plan.columns:
+        # The kernel adds up the lanes of a group: its sums go to the group's first lane of the first chunk.
+        table = np.zeros((_units(geo), int(geo[0]["chunks"]), 2, int(geo[0]["tile"])))
+        groups, first = np.unique(_group_of_lanes(plan, geo), return_index=True)
+        tile, lane = np.divmod(first, int(geo[0]["tile"]))
+        table[tile, 0, :, lane] = means[:, groups].T
+        _run(columns_backward.emit, threads, *arguments, table, np.zeros((2, layout.size)), geo, layout.centred)
+        return np.empty(0), np.empty(0)
+    if layout.inner == 1 and layout.groups == layout.view[0]:
+        dweight = np.empty(layout.size, weight.dtype)
+        dbias = np.empty(layout.size if layout.centred else 0, weight.dtype)
+        _run(rows_backward.emit_lanes, threads, *arguments, means, dweight, dbias, geo, layout.centred)
+        return dweight, dbias
+    weighted = (means.reshape(2, -1, layout.view[2]) * _of_groups(plan, weight)).reshape(2, -1)
+    _run(rows_backward.emit, threads, *arguments, weighted, geo, layout.centred)
+    return np.empty(0), np.empty(0)
+
+
+def _of_groups(plan: Plan, weight: np.ndarray) -> np.ndarray:
+    """Return the weight of every group of one k0, for norms whose groups are of one channel each."""
+    _, _, k1, r1 = plan.layout.view
+    return weight[np.arange(k1) * r1 // plan.layout.inner % plan.layout.size]
+
+
+def _group_of_lanes(plan: Plan, geo: np.ndarray) -> np.ndarray:
+    """Return the group of every lane of the columns kernel, where K0 is 1."""
+    _, _, k1, r1 = plan.layout.view
+    return np.arange(int(geo[0]["lanes"])) // r1 % k1
+
+
 def _sum_slabs(gradients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Add the slabs, in order."""
     total = gradients[0] if len(gradients) == 1 else gradients.sum(axis=0)
@@ -332,10 +421,10 @@ def _split_statistics(
 
 
 def _run(kernel: Kernel, threads: int, *arguments: Any) -> None:
-    if threads == 1:
+    if threads == 1 or (lock := launch_lock()).locked():
         kernel.serial(*arguments)
     else:
-        with launch_lock():
+        with lock:
             kernel.parallel(*arguments)
 
 

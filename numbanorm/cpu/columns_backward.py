@@ -128,13 +128,15 @@ def _close_groups(total, groups, scratch, weight, counts_of, gradients, g, k0, f
 
 
 @scalar
-def _emit_chunk(scratch, dy, x, dx, mask, weight, g, k0, first, width, chunk, by_row):
+def _emit_chunk(scratch, dy, x, dx, mask, weight, counts_of, g, k0, first, width, chunk, by_row):
     """Write dx of one chunk of rows of a tile."""
     no = no_lanes(x)
     r_start = chunk * g.chunk_rows
     r_stop = min(r_start + g.chunk_rows, g.rows)
     tail = min(max(g.tail - first, 0), width) if chunk == g.chunks - 1 else 0
     packed = g.lanes * g.rows + g.tail
+    # Where dx does not depend on x, as in inference, NaN and Inf in x must not come in by a product with 0.
+    fixed = counts_of.shape[0] == 1 and counts_of[0] == 0.0
     for r in range(r_start, r_stop + (1 if tail > 0 else 0)):
         wide = tail if r == r_stop else width
         x_at = g.x_start + k0 * g.x_K0 + r * g.x_R0 + first
@@ -144,7 +146,7 @@ def _emit_chunk(scratch, dy, x, dx, mask, weight, g, k0, first, width, chunk, by
         w = all_lanes(no, lane(x, 1.0))
         if by_row:
             w = all_lanes(no, load(weight, (k0 * g.rows + r) * g.lanes // g.inner % g.size))
-        counted = mask is None or g.mask_R1 != 0 or counts(mask, mask_at)
+        counted = (mask is None or g.mask_R1 != 0 or counts(mask, mask_at)) and not fixed
         head = 0
         if g.stream != 0:
             head = min(until_line(dx, dx_at), wide)
@@ -186,7 +188,7 @@ def _backward_tile(
             total[i] += sums[i]
     _close_groups(total, sums, scratch, weight, counts_of, gradients, g, k0, first, width, by_row, centred)
     for chunk in range(g.chunks):
-        _emit_chunk(scratch, dy, x, dx, mask, weight, g, k0, first, width, chunk, by_row)
+        _emit_chunk(scratch, dy, x, dx, mask, weight, counts_of, g, k0, first, width, chunk, by_row)
 
 
 @scalar
@@ -276,7 +278,7 @@ def _emit_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, table, gr
     # Every chunk closes the groups for itself; the first alone adds to the gradients.
     own = gradients if unit // tiles == 0 else np.zeros(gradients.shape)
     _close_groups(total, groups, scratch, p_w, counts_of, own, g, 0, first, width, False, centred)
-    _emit_chunk(scratch, p_dy, p_x, p_dx, p_mask, p_w, g, 0, first, width, unit // tiles, False)
+    _emit_chunk(scratch, p_dy, p_x, p_dx, p_mask, p_w, counts_of, g, 0, first, width, unit // tiles, False)
 
 
 @Kernel

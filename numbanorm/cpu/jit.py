@@ -25,6 +25,9 @@ No kernel may reorder a sum (`reassoc`): its bits would depend on what LLVM make
 """
 
 
+_warned = False
+
+
 class Kernel:
     """One function, compiled twice on demand: `serial`, and `parallel` where its `prange` loops use all threads.
 
@@ -54,8 +57,8 @@ def _compiled(function: Callable[..., None], *, parallel: bool) -> Callable[...,
     dispatcher: Any = njit(**OPTIONS, parallel=parallel)(function)
     try:
         dispatcher._cache = _DiskCache(function, "parallel" if parallel else "serial")
-    except (RuntimeError, OSError) as error:
-        _warn_no_cache(str(error))
+    except (RuntimeError, OSError) as error:  # Numba finds no folder that it can write
+        _warn_no_cache(f"cannot write {Path(__file__).with_name('__pycache__')}, nor elsewhere: {error}")
     return cast("Callable[..., None]", dispatcher)
 
 
@@ -101,10 +104,14 @@ def _source_stamp() -> str:
     return digest.hexdigest()
 
 
-@cache
 def _warn_no_cache(reason: str) -> None:
-    warnings.warn(
-        f"numbanorm's kernels are compiled anew in this process, without their cache on disk: {reason}",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+    """Warn, once a process: a folder that fails for one kernel fails for the next."""
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"numbanorm compiles kernels that its cache on disk should hold: {reason}. NUMBA_CACHE_DIR names another "
+            "folder.",
+            RuntimeWarning,
+            stacklevel=2,
+        )

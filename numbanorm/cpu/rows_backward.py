@@ -108,9 +108,10 @@ def _emit(dy, x, dx, mask, weight, products, half, g, k0, r0, k1, start, stop, m
     hi = all_lanes(no, lane(x, mean))
     lo = all_lanes(no, lane(x, mean - np.float64(lane(x, mean))))
     scale = all_lanes(no, lane(x, rstd))
-    counted = mask is None or g.mask_R1 != 0 or counts(mask, mask_start)
-    c = all_lanes(no, lane(x, mean_g if counted else 0.0))
-    e = all_lanes(no, lane(x, mean_gh if counted else 0.0))
+    # Where dx does not depend on x, as in inference, NaN and Inf in x must not come in by a product with 0.
+    depends = (mask is None or g.mask_R1 != 0 or counts(mask, mask_start)) and not (mean_g == 0.0 and mean_gh == 0.0)
+    c = all_lanes(no, lane(x, mean_g))
+    e = all_lanes(no, lane(x, mean_gh))
     along = g.inner == 1
     gain = no
     j = start
@@ -147,6 +148,8 @@ def _emit(dy, x, dx, mask, weight, products, half, g, k0, r0, k1, start, stop, m
             centre = fused(h, e, c)
             if mask is not None and g.mask_R1 != 0:
                 centre = choose(marked_lanes(no, mask, mask_start + j + i, part), centre)
+            elif not depends:
+                centre = no
             if along:
                 gain = load_some(no, weight, first + i, part)
             v = (d * gain - centre) * scale
@@ -170,9 +173,9 @@ def _flush(products, gradients, first):
 
 
 @scalar
-def _inverse(count):
-    """Return 1/count; 0 where nothing counts, as in inference: then the statistics do not depend on x."""
-    return 1.0 / count if count > 0.0 else 0.0
+def _average(total, count):
+    """Return total/count; 0 where nothing counts, as in inference: then the statistics do not depend on x."""
+    return total * (1.0 / count) if count > 0.0 else 0.0
 
 
 @scalar
@@ -210,9 +213,9 @@ def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradi
                 sum_gh += weight[first + c] * total[channels + c]
                 gradients[slab, 0, first + c] += total[channels + c]
                 gradients[slab, 1, first + c] += total[c]
-        share = _inverse(at(counts_of, group))
-        mean_g = sum_g * share if centred else 0.0
-        mean_gh = sum_gh * share
+        count = at(counts_of, group)
+        mean_g = _average(sum_g, count) if centred else 0.0
+        mean_gh = _average(sum_gh, count)
         for r0 in range(g.R0):
             _emit(
                 p_dy, p_x, p_dx, p_mask, p_weight, p_products, half, g, k0, r0, k1, 0, g.R1, mean, rstd, mean_g, mean_gh
@@ -278,11 +281,11 @@ def _emit_piece(unit, dy, x, dx, mask, weight, counts_of, means, rstds, sums, g,
         k1 = run % g.K1
         r0 = run // g.K1 % g.R0
         group = k0 * g.K1 + k1
-        share = _inverse(at(counts_of, group))
+        count = at(counts_of, group)
         mean = at(means, group)
         rstd = at(rstds, group)
-        mean_g = load(sums, group) * share if centred else 0.0
-        mean_gh = load(sums, groups + group) * share
+        mean_g = _average(load(sums, group), count) if centred else 0.0
+        mean_gh = _average(load(sums, groups + group), count)
         _emit(dy, x, dx, mask, weight, weight, 0, g, k0, r0, k1, j, stop, mean, rstd, mean_g, mean_gh)
     if g.stream != 0:
         settle_streams()
@@ -325,9 +328,9 @@ def _emit_lanes_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, sum
     p_dy, p_x, p_dx, p_mask, p_weight = pointer(dy), pointer(x), pointer(dx), pointer(mask), pointer(weight)
     p_products = pointer(products)
     for k0 in range(g.K0):
-        share = _inverse(at(counts_of, k0))
-        mean_g = sums[0, k0] * share if centred else 0.0
-        mean, rstd, mean_gh = at(means, k0), at(rstds, k0), sums[1, k0] * share
+        mean, rstd, count = at(means, k0), at(rstds, k0), at(counts_of, k0)
+        mean_g = _average(sums[0, k0], count) if centred else 0.0
+        mean_gh = _average(sums[1, k0], count)
         _emit(
             p_dy, p_x, p_dx, p_mask, p_weight, p_products, half, g, k0, 0, 0, start, stop, mean, rstd, mean_g, mean_gh
         )
