@@ -18,6 +18,9 @@ OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True}
 scalar = njit(**OPTIONS)
 """Decorates whatever is not a loop over elements: merges, roots, addresses."""
 
+inlined = njit(**OPTIONS, forceinline=True)
+"""Decorates what works on lanes, or once a row: as a call, lanes go through memory and a row of 64 takes 80 ns, not 20."""
+
 elementwise = njit(**OPTIONS, fastmath={"contract"})
 """Decorates a loop that does each element, or each lane, by itself: a product and a sum may fuse, nothing is reordered.
 

@@ -18,6 +18,9 @@ from .welford import BLOCK
 CHUNK = 16384
 """Elements a chunk of the rows kernel: 64 KiB of float32, small against L2 (1 MiB), large against a launch (2 us)."""
 
+UNIT = 8192
+"""Elements whose statistics are taken before their output is written: input and output of float32 fill 64 KiB."""
+
 FOLD_LANES = 192
 """Fewer lanes than this are folded: rows side by side, so that vectors are full (3 channels: 8 of 8 lanes, not 3)."""
 
@@ -99,9 +102,9 @@ def _rows(g: np.void, size: int) -> None:
     g["chunks"] = -(-r0 // g["chunk_runs"]) * g["across"]
     g["block_runs"] = max(1, BLOCK // r1)
     g["piece_runs"] = runs
-    g["unit_groups"] = max(1, CHUNK // (r0 * r1))
+    g["unit_groups"] = max(1, UNIT // (r0 * r1))
     if size >= AHEAD_FROM and r0 * r1 <= AHEAD_GROUP:
-        g["ahead"] = g["x_K1"] if g["K1"] > 1 else g["x_K0"]
+        g["ahead"] = (g["x_K1"] if g["K1"] > 1 else g["x_K0"]) * g["unit_groups"]
         g["ahead_dy"] = g["y_K1"] if g["K1"] > 1 else g["y_K0"]
 
 
