@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -12,9 +10,9 @@ from . import arrays
 from .arrays import as_input
 from .backends import cpu_backend
 from .checks import check_eps, check_momentum, integer
-from .dtypes import Format, format_of, is_float
+from .dtypes import Format, is_float
 from .layout import Layout
-from .plan import COUNT, M2, MEAN, RSTD, Options, Plan, plan
+from .plan import COUNT, M2, MEAN, RSTD, Options, plan
 
 __all__ = ["as_input", "run", "run_backward", "run_tracked"]
 
@@ -169,98 +167,8 @@ def run(
     return_stats: bool = False,
 ) -> Any:
     """Run a norm with the statistics of its input."""
-    if mask is None and out is None and type(x) is np.ndarray and source.flags.carray:
-        quick = _quick(norm, options, source.shape, source.dtype, weight is None, bias is None)
-        if quick is not None and quick.fits(weight) and quick.fits(bias) and quick.adds(source, residual):
-            return quick.run(source, weight, bias, eps, residual, return_stats)
     call = Call(norm, options, x, source, form, weight, bias, mask=mask, residual=residual, out=out)
     return call.result(call.forward(eps), return_stats)
-
-
-class _Quick:
-    """The way of small arrays, 3 us instead of 7: shape arithmetic and choices are done once for a shape and dtype."""
-
-    __slots__ = ("_apply", "_columns", "_forward", "_lane", "_public", "_result", "_shape", "layout")
-
-    def __init__(self, work: Plan, form: Format, affine: bool) -> None:
-        layout = work.layout
-        kernels = cpu_backend().Settled(work, form, affine)
-        self._forward, self._apply = kernels.forward, kernels.apply
-        self._columns = work.columns
-        self.layout = layout
-        self._lane = form.lane
-        self._result = form.result
-        self._shape = layout.affine_shape
-        self._public = (4, *layout.stats_shape) if layout.stats_order is None else None
-
-    def fits(self, parameter: Any) -> bool:
-        """Tell whether a weight or bias is what the kernel reads; if not, the long way converts or refuses it."""
-        return parameter is None or (
-            type(parameter) is np.ndarray
-            and parameter.dtype is self._lane
-            and parameter.shape == self._shape
-            and parameter.flags.carray
-        )
-
-    def adds(self, x: np.ndarray, residual: Any) -> bool:
-        """Tell whether the kernel can add a residual, if there is one."""
-        return residual is None or (
-            type(residual) is np.ndarray
-            and not self._columns
-            and residual.dtype is x.dtype is self._result
-            and residual.shape == x.shape
-            and residual.flags.carray
-        )
-
-    def run(
-        self, x: np.ndarray, weight: Any, bias: Any, eps: float, residual: np.ndarray | None, return_stats: bool
-    ) -> Any:
-        """Normalize with the statistics of the input; return what the caller gets."""
-        y = np.empty(x.shape, self._result)
-        if len(self._shape) > 1:
-            weight, bias = _flattened(weight), _flattened(bias)
-        total: tuple[np.ndarray, ...] = ()
-        if residual is None:
-            stats = self._forward(x.reshape(-1), y.reshape(-1), weight, bias, eps)
-            if not return_stats:
-                return y
-        else:
-            total = (np.empty(x.shape, self._result),)
-            flat = residual.reshape(-1), total[0].reshape(-1)
-            stats = self._forward(x.reshape(-1), y.reshape(-1), weight, bias, eps, *flat)
-            if not return_stats:
-                return y, *total
-        if self._public is None:
-            return y, *(public_statistic(stats[row], self.layout) for row in ROWS_OF[self.layout.centred]), *total
-        shaped = stats.reshape(self._public)
-        return (y, shaped[MEAN], shaped[RSTD], *total) if self.layout.centred else (y, shaped[RSTD], *total)
-
-    def apply(self, x: np.ndarray, weight: Any, bias: Any, stats: np.ndarray) -> np.ndarray:
-        """Normalize with given statistics."""
-        y = np.empty(x.shape, self._result)
-        self._apply(x.reshape(-1), y.reshape(-1), _flattened(weight), _flattened(bias), stats)
-        return y
-
-
-def _flattened(parameter: np.ndarray | None) -> np.ndarray | None:
-    return None if parameter is None else parameter.reshape(-1)
-
-
-@lru_cache(maxsize=4096)
-def _quick(
-    norm: str, options: Options, shape: tuple[int, ...], dtype: np.dtype[Any], no_weight: bool, no_bias: bool
-) -> _Quick | None:
-    """Return the quick way for C-ordered arrays, None where there is none: they are large or empty."""
-    form = format_of(dtype)
-    size = prod(shape)
-    if form is None or not 0 < size < cpu_backend().PARALLEL_FROM:
-        return None
-    strides = tuple(dtype.itemsize * prod(shape[axis + 1 :]) for axis in range(len(shape)))
-    work = plan(norm, options, shape, (strides, dtype.itemsize))
-    simple = work.x == work.packed and work.inverse is None and not work.reordered
-    if not simple or work.layout.affine_order is not None:
-        return None
-    return _Quick(work, form, not (no_weight and no_bias))
 
 
 def public_statistic(row: np.ndarray, layout: Layout) -> np.ndarray:
@@ -342,17 +250,8 @@ def run_tracked(
         if mask is not None:
             arrays.as_mask(mask, source.shape)
         norm, mask = "batch", None  # statistics that are given are not limited by a mask
-    quick = None
-    if not from_input and out is None and type(x) is np.ndarray and source.flags.carray:
-        quick = _quick(norm, options, source.shape, source.dtype, weight is None, bias is None)
-        if quick is not None and not (quick.fits(weight) and quick.fits(bias)):
-            quick = None
-    call = None
-    if quick is None:
-        call = Call(norm, options, x, source, form, weight, bias, mask=mask, out=out)
-        layout = call.plan.layout
-    else:
-        layout = quick.layout
+    call = Call(norm, options, x, source, form, weight, bias, mask=mask, out=out)
+    layout = call.plan.layout
     running = None
     if running_mean is not None or running_var is not None:
         if running_mean is None or running_var is None:
@@ -362,12 +261,8 @@ def run_tracked(
         if running is None:
             raise ValueError("running_mean, running_var: expected both to normalize with them, got None")
         stats = running.given(eps)
-        if quick is not None and not return_stats:
-            return quick.apply(source, weight, bias, stats)
-        call = call or Call(norm, options, x, source, form, weight, bias, out=out)
         call.apply(stats)
         return call.result(stats, return_stats)
-    assert call is not None
     if running is not None:
         running.check_writeable(running_mean, running_var)
         check_momentum(momentum)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from . import quick
 from .backends import calls_for
 from .checks import check_eps, integer, normalized_axes
 
@@ -84,6 +85,15 @@ def batch_norm(
     array([[-1., -1.],
            [ 1.,  1.]])
     """
+    if mask is out is stream is None:
+        if not training and not return_stats:
+            way = quick.find_given(x, running_mean, running_var, weight, bias, eps, channel_axis)
+            if way is not None:
+                return way.apply(x, running_mean, running_var, weight, bias, eps)
+        elif training and running_mean is running_var is None:
+            way = quick.find("batch", x, weight, bias, eps, None, channel_axis)
+            if way is not None:
+                return way.run(x, weight, bias, eps, return_stats)
     own = (weight, bias, training, momentum, eps, channel_axis, mask, out, return_stats)
     return calls_for(x, stream).run_tracked("batch", x, running_mean, running_var, *own)
 
@@ -145,6 +155,15 @@ def instance_norm(
     array([[[-1.,  1.],
             [-1.,  1.]]])
     """
+    if mask is out is stream is None:
+        if not use_input_stats and not return_stats:
+            way = quick.find_given(x, running_mean, running_var, weight, bias, eps, channel_axis)
+            if way is not None:
+                return way.apply(x, running_mean, running_var, weight, bias, eps)
+        elif use_input_stats and running_mean is running_var is None:
+            way = quick.find("instance", x, weight, bias, eps, None, channel_axis)
+            if way is not None:
+                return way.run(x, weight, bias, eps, return_stats)
     own = (weight, bias, use_input_stats, momentum, eps, channel_axis, mask, out, return_stats)
     return calls_for(x, stream).run_tracked("instance", x, running_mean, running_var, *own)
 
@@ -198,6 +217,10 @@ def group_norm(
     >>> nn.group_norm(np.array([[1.0, 3.0, 10.0, 30.0]]), 2, eps=0.0)
     array([[-1.,  1., -1.,  1.]])
     """
+    if mask is out is stream is None:
+        way = quick.find("group", x, weight, bias, eps, None, channel_axis, num_groups)
+        if way is not None:
+            return way.run(x, weight, bias, eps, return_stats)
     options = (integer(channel_axis, "channel_axis"), integer(num_groups, "num_groups"), None)
     calls = calls_for(x, stream)
     return calls.run(
@@ -283,6 +306,10 @@ def layer_norm(
     array([[-1., -1.],
            [ 1.,  1.]])
     """
+    if mask is out is stream is None:
+        way = quick.find("layer", x, weight, bias, eps, residual, normalized_shape, axis)
+        if way is not None:
+            return way.run(x, weight, bias, eps, return_stats, residual)
     calls = calls_for(x, stream)
     source, form = calls.as_input(x, "x")
     options = (1, None, normalized_axes(source.shape, normalized_shape, axis))
@@ -354,6 +381,10 @@ def rms_norm(
     >>> nn.rms_norm(np.array([[3.0, 4.0]]), 2, eps=0.0) * np.sqrt(12.5)
     array([[3., 4.]])
     """
+    if out is stream is None:
+        way = quick.find("rms", x, weight, None, 0.0 if eps is None else eps, residual, normalized_shape, axis)
+        if way is not None:
+            return way.run(x, weight, None, way.epsilon if eps is None else eps, return_stats, residual)
     calls = calls_for(x, stream)
     source, form = calls.as_input(x, "x")
     options = (1, None, normalized_axes(source.shape, normalized_shape, axis))

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
-from . import arrays, fitting
+from . import arrays, fitting, quick
 from . import sync as synchronized
 from .backends import calls_for, cuda_module, cuda_problem, on_cuda, uses_cuda, uses_dask
 from .checks import check_eps, check_momentum, integer, lengths, normalized_axes, positive
@@ -103,7 +103,7 @@ class Norm(metaclass=_Dispatch):
         self.running_mean = self.running_var = self.num_batches_tracked = None
         self.training = True
         self.grad: dict[str, Any] = {}
-        self._last: _Last | None = None
+        self._last: Any = None
 
     def __call__(self, x: Any, *, mask: Any = None, residual: Any = None, out: Any = None) -> Any:
         """Normalize `x`.
@@ -182,7 +182,7 @@ class Norm(metaclass=_Dispatch):
         >>> norm.grad["bias"]
         array([1., 0., 0.], dtype=float32)
         """
-        last = self._last
+        last = self._last = self._remembered()
         if last is None:
             raise ValueError("backward: expected a call in training mode before, got none")
         if last.overwritten:
@@ -210,6 +210,11 @@ class Norm(metaclass=_Dispatch):
             np.add(plain, added, out=plain, casting="same_kind")
         self._keep(gradients)
         return dx
+
+    def _remembered(self) -> _Last | None:
+        """Return what the last call in training mode left."""
+        last: _Last | None = self._last
+        return last
 
     def _keep(self, gradients: list[Any]) -> None:
         self.grad = {
@@ -729,7 +734,43 @@ class GroupNorm(Norm):
         return parts if self.channel_axis == 1 else [*parts, f"channel_axis={self.channel_axis}"]
 
 
-class LayerNorm(Norm):
+class _Rowwise(Norm):
+    """What layer and RMS norm share: the last axes, the residual, and the quick way kept from call to call."""
+
+    _takes_residual = True
+
+    def __init__(self, normalized_shape: Any, eps: float | None, affine: bool, bias: bool) -> None:
+        super().__init__(lengths(normalized_shape, "normalized_shape"), eps, affine, bias)
+        self.normalized_shape = self._shape
+        self._bound: quick.Bound | None = None
+
+    def __call__(self, x: Any, *, mask: Any = None, residual: Any = None, out: Any = None) -> Any:
+        """Normalize `x`, shape (..., *normalized_shape). See `Norm.__call__`."""
+        if mask is residual is out is None:
+            weight, bias, eps = self.weight, self.bias, self.eps
+            bound = self._bound
+            if bound is None or not bound.serves(x, weight, bias, eps):
+                way = quick.find(self.kind, x, weight, bias, 0.0 if eps is None else eps, None, self._shape)
+                bound = self._bound = None if way is None else quick.Bound(way, x, weight, bias, eps)
+            if bound is not None:
+                y, stats = bound.way.forward(x, weight, bias, bound.eps)
+                if self.training:
+                    self._last = x, stats, bound.way  # what backward needs is made of it there: that takes 1 us
+                return y
+        return super().__call__(x, mask=mask, residual=residual, out=out)
+
+    def _remembered(self) -> _Last | None:
+        if type(self._last) is tuple:
+            x, stats, way = self._last
+            mean, rstd = (None, *way.public(stats))[-2:]
+            return _Last(x, mean, rstd, None, False, False)
+        return super()._remembered()
+
+    def _layout(self, shape: tuple[int, ...]) -> Layout:
+        return Layout.of(self.kind, shape, axis=normalized_axes(shape, self._shape, None))
+
+
+class LayerNorm(_Rowwise):
     """Layer normalization: each sample over its last axes. See `layer_norm`.
 
     Parameters
@@ -753,16 +794,11 @@ class LayerNorm(Norm):
     """
 
     kind = "layer"
-    _takes_residual = True
 
     def __init__(
         self, normalized_shape: Any, eps: float = 1e-5, elementwise_affine: bool = True, bias: bool = True
     ) -> None:
-        super().__init__(lengths(normalized_shape, "normalized_shape"), eps, elementwise_affine, bias)
-        self.normalized_shape = self._shape
-
-    def _layout(self, shape: tuple[int, ...]) -> Layout:
-        return Layout.of(self.kind, shape, axis=normalized_axes(shape, self._shape, None))
+        super().__init__(normalized_shape, eps, elementwise_affine, bias)
 
     def _run(self, x: Any, mask: Any, residual: Any, out: Any, return_stats: bool) -> Any:
         return layer_norm(
@@ -783,7 +819,7 @@ class LayerNorm(Norm):
         return gradients
 
 
-class RMSNorm(Norm):
+class RMSNorm(_Rowwise):
     """RMS normalization: each sample divided by its root mean square over its last axes. See `rms_norm`.
 
     Parameters
@@ -804,14 +840,9 @@ class RMSNorm(Norm):
     """
 
     kind = "rms"
-    _takes_residual = True
 
     def __init__(self, normalized_shape: Any, eps: float | None = None, elementwise_affine: bool = True) -> None:
-        super().__init__(lengths(normalized_shape, "normalized_shape"), eps, elementwise_affine, False)
-        self.normalized_shape = self._shape
-
-    def _layout(self, shape: tuple[int, ...]) -> Layout:
-        return Layout.of(self.kind, shape, axis=normalized_axes(shape, self._shape, None))
+        super().__init__(normalized_shape, eps, elementwise_affine, False)
 
     def _run(self, x: Any, mask: Any, residual: Any, out: Any, return_stats: bool) -> Any:
         if mask is not None:

@@ -111,8 +111,10 @@ class Settled:
         "_apply",
         "_centred",
         "_columns",
+        "_flattens",
         "_forward",
         "_geometry",
+        "_given",
         "_one",
         "_record",
         "_shape",
@@ -127,11 +129,13 @@ class Settled:
         size = layout.size if affine else 1
         self._one, self._zero = _constant(size, form.lane, 1), _constant(size, form.lane, 0)
         self._shape = (4, layout.groups)
+        self._flattens = len(layout.affine_shape) > 1
         self._record = form.record
         kernels = columns if plan.columns else rows
         self._forward = _Compiled(kernels.forward)
         self._adding = _Compiled(kernels.forward)
         self._apply = _Compiled(kernels.apply)
+        self._given = _Compiled(rows.given)
 
     def forward(
         self,
@@ -148,10 +152,8 @@ class Settled:
         record = self._record
         if record is not None:
             x, y = x.view(record), y.view(record)
-        if weight is None:
-            weight = self._one
-        if bias is None:
-            bias = self._zero
+        weight = self._one if weight is None else weight.reshape(-1) if self._flattens else weight
+        bias = self._zero if bias is None else bias.reshape(-1) if self._flattens else bias
         if self._columns:
             self._forward.run(x, y, None, weight, bias, stats, self._geometry, eps, self._centred)
         elif residual is None:
@@ -160,6 +162,12 @@ class Settled:
             if record is not None:
                 residual, total = residual.view(record), total.view(record)
             self._adding.run(x, residual, total, y, None, weight, bias, stats, self._geometry, eps, self._centred)
+        return stats
+
+    def given(self, mean: np.ndarray, var: np.ndarray, eps: float) -> np.ndarray:
+        """Return running statistics as `apply` takes them."""
+        stats = _empty(self._shape)
+        self._given.run(mean, var, stats, eps)
         return stats
 
     def apply(self, x: Any, y: Any, weight: Any, bias: Any, stats: np.ndarray) -> None:

@@ -13,7 +13,7 @@ from numba import prange
 
 from ..plan import COUNT, M2, MEAN, RSTD
 from .dtypes import counts, deviation, lane, load, pointer, store
-from .jit import Kernel, elementwise, scalar
+from .jit import Kernel, elementwise, inlined, scalar
 from .lanes import (
     all_lanes,
     choose,
@@ -46,6 +46,7 @@ TOGETHER = 4
 # that needs more than eight checks of pointers against each other.
 _SHIFT, _SUM, _SQUARES, _SEEN = 0, TILE, 2 * TILE, 3 * TILE
 _HI, _LO, _SCALE, _BIAS = 0, TILE, 2 * TILE, 3 * TILE
+_TURNED = TILE + 32  # of each of these, and a vector more
 _N, _MEAN, _M2 = 0, TILE, 2 * TILE
 _BLOCK, _CHUNK, _TOTAL, _EXACT = 0, 3 * TILE, 6 * TILE, 9 * TILE  # of a block, of a chunk, of all, of a second look
 
@@ -285,6 +286,65 @@ def _close_groups(moments, g, k0, first, width, stats, eps):
         stats[RSTD, group] = rstd_of(stats[COUNT, group], stats[M2, group], eps)
 
 
+@inlined
+def _strip(like, x, at, count, params, i):
+    """Normalize `count` neighbours, at most as many as there are lanes, with the parameters from `i` on."""
+    d = (load_some(like, x, at, count) - load_lanes(like, params, _HI + i)) - load_lanes(like, params, _LO + i)
+    return fused(d, load_lanes(like, params, _SCALE + i), load_lanes(like, params, _BIAS + i))
+
+
+@scalar
+def _write_packed(params, x, y, x_at, y_at, lanes, n, stream):
+    """Write `n` neighbours, whose lanes come round again and again: whole vectors from the first cache line of `y` on.
+
+    Row by row, each would have a part of a vector at both ends, and where the output goes past the caches such a part
+    waits for its line: 256 channels, 205 MB, took 3.2 copies that way.
+    """
+    no = no_lanes(x)
+    step = width_of(no)
+    head = min(until_line(y, y_at), n)
+    if head > 0:
+        i = 0
+        while i < head:  # fewer lanes than that come round within the head
+            part = min(head - i, lanes)
+            store_part(_strip(no, x, x_at + i, part, params, 0), y, y_at + i, part)
+            i += part
+    # The parameters in the order in which lanes come from there on, and a vector more.
+    turned = np.empty(_TURNED * 4 + step, params.dtype)
+    line = until_line(turned, 0)
+    first = head % lanes
+    for row in range(4):
+        to = line + row * _TURNED
+        of = row * TILE
+        for i in range(first, lanes):
+            turned[to + i - first] = params[of + i]
+        for i in range(first):
+            turned[to + lanes - first + i] = params[of + i]
+        for i in range(step):
+            turned[to + lanes + i] = turned[to + i]
+    p = pointer(turned)
+    stop = n - (n - head) % step
+    at = line
+    for i in range(head, stop, step):
+        d = (load_lanes(no, x, x_at + i) - load_lanes(no, p, at)) - load_lanes(no, p, _TURNED + at)
+        v = fused(d, load_lanes(no, p, 2 * _TURNED + at), load_lanes(no, p, 3 * _TURNED + at))
+        if stream:
+            stream_lanes(v, y, y_at + i)
+        else:
+            store_lanes(v, y, y_at + i)
+        at += step
+        if at >= line + lanes:
+            at = at - lanes if at < line + 2 * lanes else line + (at - line) % lanes
+    rest = n - stop
+    if rest > 0:
+        d = (load_part(no, x, x_at + stop, rest) - load_lanes(no, p, at)) - load_lanes(no, p, _TURNED + at)
+        v = fused(d, load_lanes(no, p, 2 * _TURNED + at), load_lanes(no, p, 3 * _TURNED + at))
+        store_part(v, y, y_at + stop, rest)
+    if stream:
+        settle_streams()
+    turned[0] = 0.0  # the array is alive up to here, and with it what `p` points at
+
+
 @elementwise
 def _write_tile(lanes_of, x, y, weight, bias, stats, g, k0, first, width, chunk_start, chunk_stop):
     """Normalize chunks of rows of a tile, in lanes (of the dtype of `lanes_of`); in float64 where float32 overflows."""
@@ -301,10 +361,12 @@ def _write_tile(lanes_of, x, y, weight, bias, stats, g, k0, first, width, chunk_
     channel_left = g.inner - first % g.inner
     mean = stats[MEAN, group]
     rstd = stats[RSTD, group]
-    for i in range(width):
+    once = min(width, g.K1 * g.R1)  # further lanes are copies of these, rows side by side
+    for i in range(once):
         if not 1.0 / FLOAT32_SAFE < rstd < FLOAT32_SAFE:
-            unsafe[unsafe_count] = i
-            unsafe_count += 1
+            for j in range(i, width, once):
+                unsafe[unsafe_count] = j
+                unsafe_count += 1
         hi = lane(x, mean)
         params[_HI + i] = hi
         params[_LO + i] = mean - np.float64(hi)
@@ -322,11 +384,22 @@ def _write_tile(lanes_of, x, y, weight, bias, stats, g, k0, first, width, chunk_
         if channel_left == 0 and not by_row:
             channel_left = g.inner
             channel = channel + 1 if channel + 1 < g.size else 0
-    no = no_lanes(x)
+    for i in range(once, width):
+        params[_HI + i] = params[_HI + i - once]
+        params[_LO + i] = params[_LO + i - once]
+        params[_SCALE + i] = params[_SCALE + i - once]
+        params[_BIAS + i] = params[_BIAS + i - once]
+    r_start = chunk_start * g.chunk_rows
     r_stop = min(chunk_stop * g.chunk_rows, g.rows)
     tail = _tail_of(g, first, width, chunk_stop - 1)
+    if unsafe_count == 0 and not by_row and width == g.lanes == g.x_R0 == g.y_R0:
+        x_at = g.x_start + k0 * g.x_K0 + r_start * width
+        y_at = g.y_start + k0 * g.y_K0 + r_start * width
+        _write_packed(params, x, y, x_at, y_at, width, (r_stop - r_start) * width + tail, g.stream != 0)
+        return
+    no = no_lanes(x)
     stop = r_stop + (1 if tail > 0 else 0)
-    for r in range(chunk_start * g.chunk_rows, stop, TOGETHER):
+    for r in range(r_start, stop, TOGETHER):
         x_at = g.x_start + k0 * g.x_K0 + r * g.x_R0 + first
         y_at = g.y_start + k0 * g.y_K0 + r * g.y_R0 + first
         together = min(TOGETHER, stop - r)
@@ -341,9 +414,7 @@ def _write_tile(lanes_of, x, y, weight, bias, stats, g, k0, first, width, chunk_
                 group = k0 * g.K1 + (first + i) // g.R1 % g.K1
                 if i < (width if t < whole else tail):
                     exact[t * TILE + u] = deviation(x, x_at + t * g.x_R0 + i, stats[MEAN, group]) * stats[RSTD, group]
-        head = 0
-        if g.stream != 0:
-            head = min(until_line(y, y_at), width)
+        head = min(until_line(y, y_at), width)  # as in `rows`: vectors across two lines take twice as long to store
         i = 0
         while i < width:
             part = min(width_of(no), width - i)

@@ -19,7 +19,7 @@ scalar = njit(**OPTIONS)
 """Decorates whatever is not a loop over elements: merges, roots, addresses."""
 
 inlined = njit(**OPTIONS, forceinline=True)
-"""Decorates what works on lanes, or once a row: as a call, lanes go through memory and a row of 64 takes 80 ns, not 20."""
+"""Decorates what works on lanes: in a call they go through memory, and a row of 64 takes 80 ns instead of 44."""
 
 elementwise = njit(**OPTIONS, fastmath={"contract"})
 """Decorates a loop that does each element, or each lane, by itself: a product and a sum may fuse, nothing is reordered.

@@ -423,6 +423,16 @@ def apply(x, y, weight, bias, stats, geometry):
         _apply_unit(np.int64(piece), x, y, weight, bias, stats, geometry)
 
 
+@Kernel
+def given(mean, var, stats, eps):
+    """Fill `stats`, shape (4, channels), with running statistics, to normalize with."""
+    for channel in range(stats.shape[1]):
+        stats[COUNT, channel] = 0.0
+        stats[MEAN, channel] = mean[channel]
+        stats[M2, channel] = 0.0
+        stats[RSTD, channel] = 1.0 / np.sqrt(np.float64(var[channel]) + eps)
+
+
 @scalar
 def _add_unit(run, x, residual, total, geometry):
     g = geometry[0]

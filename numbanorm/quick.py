@@ -1,0 +1,201 @@
+"""The quick way of small arrays: what shape, dtype and options decide is settled once and looked up.
+
+A call of a few thousand elements is over in 1 us in the kernel; checks, plans and geometry would take 7 us more. The
+quick way takes plain calls only: C-ordered arrays, parameters as the kernels read them, no mask and no `out`. `find`
+returns None for all else, and where an argument is wrong: the long way, `numbanorm.calls`, serves or refuses it.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import inf, prod
+from typing import Any
+
+import numpy as np
+
+from .backends import cpu_backend
+from .calls import ROWS_OF, public_statistic
+from .checks import integer, normalized_axes
+from .dtypes import Format, format_of
+from .plan import Options, Plan, plan
+
+__all__ = ["Bound", "Quick", "find", "find_given"]
+
+_empty, _ndarray = np.empty, np.ndarray
+
+
+class Quick:
+    """Calls of one norm on C-ordered arrays of one shape and dtype, with or without weight and bias."""
+
+    __slots__ = (
+        "_apply",
+        "_columns",
+        "_forward",
+        "_given",
+        "_lane",
+        "_layout",
+        "_public",
+        "_result",
+        "_shape",
+        "epsilon",
+        "size",
+    )
+
+    def __init__(self, work: Plan, form: Format, affine: bool) -> None:
+        layout = work.layout
+        kernels = cpu_backend().Settled(work, form, affine)
+        self._forward, self._apply, self._given = kernels.forward, kernels.apply, kernels.given
+        self._columns = work.columns
+        self._layout = layout
+        self._lane = form.lane
+        self._result = form.result
+        self._shape = layout.affine_shape
+        self._public = (4, *layout.stats_shape) if layout.stats_order is None else None
+        self.epsilon = form.epsilon
+        self.size = layout.size
+
+    def fits(self, parameter: Any) -> bool:
+        """Tell whether a weight, bias or running statistic is what the kernel reads."""
+        return parameter is None or (
+            type(parameter) is _ndarray
+            and parameter.dtype is self._lane
+            and parameter.shape == self._shape
+            and parameter.flags.carray
+        )
+
+    def adds(self, x: np.ndarray, residual: Any) -> bool:
+        """Tell whether the kernel can add a residual, if there is one."""
+        return residual is None or (
+            type(residual) is _ndarray
+            and not self._columns
+            and residual.dtype is x.dtype is self._result
+            and residual.shape == x.shape
+            and residual.flags.carray
+        )
+
+    def run(
+        self,
+        x: np.ndarray,
+        weight: np.ndarray | None,
+        bias: np.ndarray | None,
+        eps: float,
+        return_stats: bool,
+        residual: np.ndarray | None = None,
+    ) -> Any:
+        """Normalize with the statistics of the input; return what the caller gets."""
+        if residual is None:
+            y, stats = self.forward(x, weight, bias, eps)
+            return (y, *self.public(stats)) if return_stats else y
+        y, total = _empty(x.shape, self._result), _empty(x.shape, self._result)
+        flat = residual.reshape(-1), total.reshape(-1)
+        stats = self._forward(x.reshape(-1), y.reshape(-1), weight, bias, eps, *flat)
+        return (y, *self.public(stats), total) if return_stats else (y, total)
+
+    def forward(self, x: np.ndarray, weight: Any, bias: Any, eps: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return the result and the backend's statistics."""
+        y = _empty(x.shape, self._result)
+        return y, self._forward(x.reshape(-1), y.reshape(-1), weight, bias, eps)
+
+    def public(self, stats: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Return a backend's statistics as users get them: mean, where there is one, and rstd."""
+        rows = ROWS_OF[self._layout.centred]
+        if self._public is None:
+            return tuple([public_statistic(stats[row], self._layout) for row in rows])
+        shaped = stats.reshape(self._public)
+        return tuple([shaped[row] for row in rows])
+
+    def apply(self, x: np.ndarray, mean: np.ndarray, var: np.ndarray, weight: Any, bias: Any, eps: float) -> np.ndarray:
+        """Normalize with running statistics."""
+        y = _empty(x.shape, self._result)
+        self._apply(x.reshape(-1), y.reshape(-1), weight, bias, self._given(mean, var, eps))
+        return y
+
+
+class Bound:
+    """A layer's last quick way, for further inputs of the same shape and dtype while its parameters are the same."""
+
+    __slots__ = ("_bias", "_dtype", "_eps", "_shape", "_weight", "eps", "way")
+
+    def __init__(self, way: Quick, x: np.ndarray, weight: Any, bias: Any, eps: float | None) -> None:
+        self.way = way
+        self.eps = way.epsilon if eps is None else eps
+        self._shape, self._dtype, self._weight, self._bias, self._eps = x.shape, x.dtype, weight, bias, eps
+
+    def serves(self, x: Any, weight: Any, bias: Any, eps: float | None) -> bool:
+        """Tell whether this is the quick way for an input and parameters."""
+        return (
+            type(x) is _ndarray
+            and x.shape == self._shape
+            and x.dtype is self._dtype
+            and weight is self._weight
+            and bias is self._bias
+            and eps is self._eps
+            and x.flags.carray
+        )
+
+
+def find(
+    norm: str, x: Any, weight: Any, bias: Any, eps: Any, residual: Any, first: Any, second: Any = None
+) -> Quick | None:
+    """Return the quick way of a call that normalizes with its input's statistics, or None.
+
+    Parameters
+    ----------
+    norm : str
+        A key of `numbanorm.layout.NORMS`.
+    x, weight, bias, eps, residual
+        The call's arguments.
+    first, second
+        For layer and RMS norm `normalized_shape` and `axis`, for the others `channel_axis` and `num_groups`.
+    """
+    if type(x) is not _ndarray or type(eps) is not float or not 0.0 <= eps < inf:
+        return None
+    try:
+        quick = _look_up(norm, x.shape, x.dtype, weight is None, bias is None, first, second)
+    except TypeError:  # what cannot be looked up, such as a list
+        return None
+    if quick is None or not x.flags.carray or not quick.fits(weight) or not quick.fits(bias):
+        return None
+    return quick if residual is None or quick.adds(x, residual) else None
+
+
+def find_given(x: Any, mean: Any, var: Any, weight: Any, bias: Any, eps: Any, channel_axis: Any) -> Quick | None:
+    """Return the quick way of a call that normalizes with running statistics, or None."""
+    if mean is None or var is None:
+        return None
+    quick = find("given", x, weight, bias, eps, None, channel_axis)
+    return quick if quick is not None and quick.fits(mean) and quick.fits(var) else None
+
+
+@lru_cache(maxsize=4096, typed=True)  # typed: True is not 1 here
+def _look_up(
+    norm: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    no_weight: bool,
+    no_bias: bool,
+    first: Any,
+    second: Any,
+) -> Quick | None:
+    form = format_of(dtype)
+    size = prod(shape)
+    if form is None or not 0 < size < cpu_backend().PARALLEL_FROM:
+        return None
+    try:
+        options = _options(norm, shape, first, second)
+        strides = tuple(dtype.itemsize * prod(shape[axis + 1 :]) for axis in range(len(shape)))
+        work = plan("batch" if norm == "given" else norm, options, shape, (strides, dtype.itemsize))
+    except (TypeError, ValueError):
+        return None
+    simple = work.x == work.packed and work.inverse is None and not work.reordered
+    if not simple or work.layout.affine_order is not None:
+        return None
+    if norm in ("batch", "instance") and work.layout.count == 1:  # refused
+        return None
+    return Quick(work, form, not (no_weight and no_bias))
+
+
+def _options(norm: str, shape: tuple[int, ...], first: Any, second: Any) -> Options:
+    if norm in ("layer", "rms"):
+        return 1, None, normalized_axes(shape, first, second)
+    return integer(first, "channel_axis"), integer(second, "num_groups") if norm == "group" else None, None
