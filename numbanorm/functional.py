@@ -454,6 +454,10 @@ def batch_norm_backward(
     >>> np.round(dx.ravel(), 4), dbias
     (array([ 0.1763, -0.2204,  0.0441]), array([1.]))
     """
+    if training and mask is stream is None:
+        way = quick.find_backward("batch", dy, x, mean, rstd, weight, channel_axis)
+        if way is not None:
+            return way.run(dy, x, mean, rstd, weight)
     options = (integer(channel_axis, "channel_axis"), None, None)
     calls = calls_for(x, stream)
     own = (mean, rstd, weight, mask)
@@ -500,6 +504,10 @@ def instance_norm_backward(
     >>> np.round(dx.ravel(), 4)
     array([ 0.1763, -0.2204,  0.0441])
     """
+    if mask is stream is None:
+        way = quick.find_backward("instance", dy, x, mean, rstd, weight, channel_axis)
+        if way is not None:
+            return way.run(dy, x, mean, rstd, weight)
     options = (integer(channel_axis, "channel_axis"), None, None)
     calls = calls_for(x, stream)
     return calls.run_backward("instance", options, dy, x, *calls.as_input(x, "x"), mean, rstd, weight, mask)
@@ -548,6 +556,10 @@ def group_norm_backward(
     >>> np.round(dx, 4)
     array([[ 0.1763, -0.2204,  0.0441]])
     """
+    if mask is stream is None:
+        way = quick.find_backward("group", dy, x, mean, rstd, weight, channel_axis, num_groups)
+        if way is not None:
+            return way.run(dy, x, mean, rstd, weight)
     options = (integer(channel_axis, "channel_axis"), integer(num_groups, "num_groups"), None)
     calls = calls_for(x, stream)
     return calls.run_backward("group", options, dy, x, *calls.as_input(x, "x"), mean, rstd, weight, mask)
@@ -603,6 +615,10 @@ def layer_norm_backward(
     >>> np.round(dx, 4)
     array([[ 0.1763, -0.2204,  0.0441]])
     """
+    if mask is stream is None:
+        way = quick.find_backward("layer", dy, x, mean, rstd, weight, normalized_shape, axis)
+        if way is not None:
+            return way.run(dy, x, mean, rstd, weight)
     calls = calls_for(x, stream)
     source, form = calls.as_input(x, "x")
     options = (1, None, normalized_axes(source.shape, normalized_shape, axis))
@@ -643,6 +659,10 @@ def rms_norm_backward(
     >>> np.round(dx, 4)
     array([[ 0.181 , -0.1358]])
     """
+    if stream is None:
+        way = quick.find_backward("rms", dy, x, None, rstd, weight, normalized_shape, axis)
+        if way is not None:
+            return way.run(dy, x, None, rstd, weight)
     calls = calls_for(x, stream)
     source, form = calls.as_input(x, "x")
     options = (1, None, normalized_axes(source.shape, normalized_shape, axis))

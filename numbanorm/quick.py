@@ -19,9 +19,17 @@ from .checks import integer, normalized_axes
 from .dtypes import Format, format_of
 from .plan import Options, Plan, plan
 
-__all__ = ["Bound", "Quick", "find", "find_given"]
+__all__ = ["Bound", "Quick", "QuickBackward", "find", "find_backward", "find_given"]
 
 _empty, _ndarray = np.empty, np.ndarray
+_FLOAT64 = np.dtype(np.float64)
+_NO_MEAN = np.zeros(1)
+
+
+def _is_parameter(value: Any, lane: np.dtype[Any], shape: tuple[int, ...]) -> bool:
+    return value is None or (
+        type(value) is _ndarray and value.dtype is lane and value.shape == shape and value.flags.carray
+    )
 
 
 class Quick:
@@ -56,12 +64,7 @@ class Quick:
 
     def fits(self, parameter: Any) -> bool:
         """Tell whether a weight, bias or running statistic is what the kernel reads."""
-        return parameter is None or (
-            type(parameter) is _ndarray
-            and parameter.dtype is self._lane
-            and parameter.shape == self._shape
-            and parameter.flags.carray
-        )
+        return _is_parameter(parameter, self._lane, self._shape)
 
     def adds(self, x: np.ndarray, residual: Any) -> bool:
         """Tell whether the kernel can add a residual, if there is one."""
@@ -109,6 +112,48 @@ class Quick:
         y = _empty(x.shape, self._result)
         self._apply(x.reshape(-1), y.reshape(-1), weight, bias, self._given(mean, var, eps))
         return y
+
+
+class QuickBackward:
+    """Backward of one norm for C-ordered arrays of one shape and dtype."""
+
+    __slots__ = ("_backward", "_centred", "_lane", "_result", "_shape", "_statistics")
+
+    def __init__(self, work: Plan, form: Format) -> None:
+        self._backward = cpu_backend().SettledBackward(work, form).backward
+        self._centred = work.layout.centred
+        self._lane, self._result = form.lane, form.result
+        self._shape, self._statistics = work.layout.affine_shape, work.layout.stats_shape
+
+    def takes(self, dy: Any, x: np.ndarray, mean: Any, rstd: Any, weight: Any) -> bool:
+        """Tell whether all arrays are what the kernel reads."""
+        return (
+            type(dy) is _ndarray
+            and dy.dtype is x.dtype
+            and dy.shape == x.shape
+            and dy.flags.carray
+            and self._given(rstd)
+            and (self._given(mean) if self._centred else mean is None)
+            and _is_parameter(weight, self._lane, self._shape)
+        )
+
+    def _given(self, statistic: Any) -> bool:
+        return (
+            type(statistic) is _ndarray
+            and statistic.dtype is _FLOAT64
+            and statistic.shape == self._statistics
+            and statistic.flags.carray
+        )
+
+    def run(self, dy: np.ndarray, x: np.ndarray, mean: Any, rstd: np.ndarray, weight: Any) -> tuple[np.ndarray, ...]:
+        """Return dx, dweight and, where there is a mean, dbias."""
+        dx = _empty(x.shape, self._result)
+        flat_mean = mean.reshape(-1) if self._centred else _NO_MEAN
+        both = self._backward(dy.reshape(-1), x.reshape(-1), dx.reshape(-1), weight, flat_mean, rstd.reshape(-1))
+        with np.errstate(over="ignore", invalid="ignore"):
+            gradients = both.astype(self._lane)
+        dweight = gradients[0].reshape(self._shape)
+        return (dx, dweight, gradients[1].reshape(self._shape)) if self._centred else (dx, dweight)
 
 
 class Bound:
@@ -167,6 +212,32 @@ def find_given(x: Any, mean: Any, var: Any, weight: Any, bias: Any, eps: Any, ch
     return quick if quick is not None and quick.fits(mean) and quick.fits(var) else None
 
 
+def find_backward(
+    norm: str, dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, first: Any, second: Any = None
+) -> QuickBackward | None:
+    """Return the quick way of a backward through the input's statistics, or None; otherwise as `find`."""
+    if type(x) is not _ndarray:
+        return None
+    try:
+        quick = _look_up_backward(norm, x.shape, x.dtype, first, second)
+    except TypeError:
+        return None
+    return quick if quick is not None and x.flags.carray and quick.takes(dy, x, mean, rstd, weight) else None
+
+
+@lru_cache(maxsize=4096, typed=True)
+def _look_up_backward(
+    norm: str, shape: tuple[int, ...], dtype: np.dtype[Any], first: Any, second: Any
+) -> QuickBackward | None:
+    form = format_of(dtype)
+    if form is None or not form.is_float:
+        return None
+    work = _plain_plan(norm, shape, dtype, first, second, separable=True)
+    if work is None or work.layout.stats_order is not None or not cpu_backend().SettledBackward.settles(work):
+        return None
+    return QuickBackward(work, form)
+
+
 @lru_cache(maxsize=4096, typed=True)  # typed: True is not 1 here
 def _look_up(
     norm: str,
@@ -178,21 +249,29 @@ def _look_up(
     second: Any,
 ) -> Quick | None:
     form = format_of(dtype)
-    size = prod(shape)
-    if form is None or not 0 < size < cpu_backend().PARALLEL_FROM:
-        return None
-    try:
-        options = _options(norm, shape, first, second)
-        strides = tuple(dtype.itemsize * prod(shape[axis + 1 :]) for axis in range(len(shape)))
-        work = plan("batch" if norm == "given" else norm, options, shape, (strides, dtype.itemsize))
-    except (TypeError, ValueError):
-        return None
-    simple = work.x == work.packed and work.inverse is None and not work.reordered
-    if not simple or work.layout.affine_order is not None:
+    work = None if form is None else _plain_plan(norm, shape, dtype, first, second)
+    if form is None or work is None:
         return None
     if norm in ("batch", "instance") and work.layout.count == 1:  # refused
         return None
     return Quick(work, form, not (no_weight and no_bias))
+
+
+def _plain_plan(
+    norm: str, shape: tuple[int, ...], dtype: np.dtype[Any], first: Any, second: Any, separable: bool = False
+) -> Plan | None:
+    """Return the plan for small C-ordered arrays; None where arguments do not fit or the layout is no plain one."""
+    if not 0 < prod(shape) < cpu_backend().PARALLEL_FROM:
+        return None
+    placed = tuple(dtype.itemsize * prod(shape[axis + 1 :]) for axis in range(len(shape))), dtype.itemsize
+    try:
+        options = _options(norm, shape, first, second)
+        name = "batch" if norm == "given" else norm
+        work = plan(name, options, shape, placed, placed if separable else None, separable=separable)
+    except (TypeError, ValueError):
+        return None
+    plain = work.x == work.packed and work.inverse is None and not work.reordered and work.layout.affine_order is None
+    return work if plain else None
 
 
 def _options(norm: str, shape: tuple[int, ...], first: Any, second: Any) -> Options:

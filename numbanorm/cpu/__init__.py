@@ -17,7 +17,17 @@ from .dtypes import kernel_view
 from .jit import Kernel
 from .launch import CHUNK, TABLE_BYTES, geometry
 
-__all__ = ["PARALLEL_FROM", "Settled", "apply", "backward", "forward", "piece_gradient", "piece_sums", "statistics"]
+__all__ = [
+    "PARALLEL_FROM",
+    "Settled",
+    "SettledBackward",
+    "apply",
+    "backward",
+    "forward",
+    "piece_gradient",
+    "piece_sums",
+    "statistics",
+]
 
 PARALLEL_FROM = 1 << 17
 """Elements from which a parallel launch pays: 128 Ki float32 take about 60 us on one thread, a launch 2 to 10 us."""
@@ -178,6 +188,65 @@ class Settled:
         self._apply.run(x, y, w, b, stats, self._geometry)
 
 
+class SettledBackward:
+    """`backward` for small C-ordered arrays of one shape and dtype, with all that these decide settled.
+
+    Parameters
+    ----------
+    plan : Plan
+        As `backward` takes it; its size is below `PARALLEL_FROM`, and `settles` is true of it.
+    form : Format
+        Of the dtype of all arrays.
+    """
+
+    __slots__ = ("_centred", "_count", "_geometry", "_kernel", "_one", "_record", "_shape")
+
+    def __init__(self, plan: Plan, form: Format) -> None:
+        layout = plan.layout
+        self._centred = layout.centred
+        self._geometry = geo = geometry(plan, True)
+        self._count = np.full(1, layout.count, np.float64)
+        self._one = _constant(layout.size, form.lane, 1)
+        self._record = form.record
+        items, own = _items(plan, geo)
+        self._shape = (_slabs(plan, items, own), 2, layout.size)
+        self._kernel = _Compiled(columns_backward.backward if plan.columns else rows_backward.backward)
+
+    @staticmethod
+    def settles(plan: Plan) -> bool:
+        """Tell whether one launch does it: not where rows are long, and their weights' gradients too many to hold."""
+        return plan.columns or not _is_long(plan)
+
+    def backward(self, dy: Any, x: Any, dx: Any, weight: Any, mean: np.ndarray, rstd: np.ndarray) -> np.ndarray:
+        """Write dx and return the gradients of weight and bias, float64, shape (2, size)."""
+        record = self._record
+        if record is not None:
+            dy, x, dx = dy.view(record), x.view(record), dx.view(record)
+        weight = self._one if weight is None else weight.reshape(-1)
+        gradients = np.zeros(self._shape)
+        arguments = (dy, x, dx, None, weight, self._count, mean, rstd, gradients, self._geometry, self._centred)
+        self._kernel.run(*arguments)
+        total: np.ndarray = gradients[0] if self._shape[0] == 1 else gradients.sum(axis=0)
+        return total
+
+
+def _is_long(plan: Plan) -> bool:
+    """Tell whether rows with weights along them are so long that their gradients are taken block by block."""
+    layout = plan.layout
+    k0, _, _, r1 = layout.view
+    return layout.inner == 1 and layout.groups == k0 and layout.count == r1 > CHUNK
+
+
+def _items(plan: Plan, geo: np.ndarray) -> tuple[int, int]:
+    """Return how many items of work a backward has on each set of weights, and how many such sets."""
+    k0, _, k1, _ = plan.layout.view
+    if not plan.columns:
+        return k0, k1
+    tiles = _units(geo) // k0
+    by_row = plan.layout.inner % int(geo[0]["lanes"]) == 0
+    return (k0 * tiles, 1) if by_row else (k0, tiles)
+
+
 class _Compiled:
     """A serial kernel for arguments that have the same types at every call: they are looked up once, not each time.
 
@@ -267,7 +336,7 @@ def backward(
     data = (kernel_view(dy), kernel_view(x))
     out = kernel_view(dx)
     stats = (count, mean, rstd)
-    k0, _, k1, r1 = layout.view
+    k0, _, k1, _ = layout.view
     if plan.columns:
         by_row = layout.inner % int(geo[0]["lanes"]) == 0
         tiles = _units(geo) // k0
@@ -278,13 +347,11 @@ def backward(
             _run(columns_backward.chunk_sums, threads, *data, weight, *stats, table, geo)
             _run(columns_backward.emit, threads, *data, out, mask, weight, *stats, table, total, geo, layout.centred)
             return total[0], total[1]
-        items, own = (k0 * tiles, 1) if by_row else (k0, tiles)
-        gradients = np.zeros((_slabs(plan, items, own), 2, layout.size))
+        gradients = np.zeros((_slabs(plan, *_items(plan, geo)), 2, layout.size))
         _run(columns_backward.backward, threads, *data, out, mask, weight, *stats, gradients, geo, layout.centred)
         return _sum_slabs(gradients)
-    along = layout.inner == 1
-    long = along and layout.groups == k0 and layout.count == r1 > CHUNK
-    one_channel = k0 == 1 and not along and layout.size == k1
+    long = _is_long(plan)
+    one_channel = k0 == 1 and layout.inner != 1 and layout.size == k1
     if long or (one_channel and threads > 1 and k1 < threads):
         table = np.empty((layout.groups, int(geo[0]["chunks"]), 2))
         sums = np.empty((2, layout.groups))
@@ -300,7 +367,7 @@ def backward(
             return dweight, dbias
         _run(rows_backward.emit, threads, *data, out, mask, weight, *stats, sums * weight, geo, layout.centred)
         return sums[1], sums[0]
-    gradients = np.zeros((_slabs(plan, k0, k1), 2, layout.size))
+    gradients = np.zeros((_slabs(plan, *_items(plan, geo)), 2, layout.size))
     _run(rows_backward.backward, threads, *data, out, mask, weight, *stats, gradients, geo, layout.centred)
     return _sum_slabs(gradients)
 

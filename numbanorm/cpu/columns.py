@@ -165,6 +165,8 @@ def _exact_moments(
 def _merge_lanes(moments, into, part, start, stop, uniform):
     """Merge the moments at `part` into those at `into`, lane by lane, by Chan's formula.
 
+    Numba would compile this anew for every constant among the arguments: hence callers' ``np.int64(0)``.
+
     `uniform`: all of these lanes have as many elements as the first, none has 0, and one division serves them all.
     """
     count = load(moments, into + _N + start) + load(moments, part + _N + start)
@@ -202,10 +204,10 @@ def _merge_lanes(moments, into, part, start, stop, uniform):
 def _merge_chunk(moments, mask, tail, width):
     """Merge a chunk into the total; the lanes of the tail have an element more."""
     if 0 < tail < width:
-        _merge_lanes(moments, _TOTAL, _CHUNK, 0, tail, mask is None)
-        _merge_lanes(moments, _TOTAL, _CHUNK, tail, width, mask is None)
+        _merge_lanes(moments, np.int64(_TOTAL), np.int64(_CHUNK), np.int64(0), tail, mask is None)
+        _merge_lanes(moments, np.int64(_TOTAL), np.int64(_CHUNK), tail, width, mask is None)
     else:
-        _merge_lanes(moments, _TOTAL, _CHUNK, 0, width, mask is None)
+        _merge_lanes(moments, np.int64(_TOTAL), np.int64(_CHUNK), np.int64(0), width, mask is None)
 
 
 @scalar
@@ -246,7 +248,7 @@ def _chunk_moments(moments, into, sums, x, mask, g, k0, first, width, chunk, cen
         if bad > 0:
             _exact_moments(sums, moments, at, x, x_at, g.x_R0, rows, wide, mask, mask_at, g.mask_R0, g.mask_R1, centred)
         if b > 0:
-            _merge_lanes(moments, into, _BLOCK, 0, wide, mask is None)
+            _merge_lanes(moments, into, np.int64(_BLOCK), np.int64(0), wide, mask is None)
         if centred:
             for i in range(wide):
                 if mask is None or moments[at + _N + i] > 0.0:

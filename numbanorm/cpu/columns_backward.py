@@ -147,9 +147,7 @@ def _emit_chunk(scratch, dy, x, dx, mask, weight, counts_of, g, k0, first, width
         if by_row:
             w = all_lanes(no, load(weight, (k0 * g.rows + r) * g.lanes // g.inner % g.size))
         counted = (mask is None or g.mask_R1 != 0 or counts(mask, mask_at)) and not fixed
-        head = 0
-        if g.stream != 0:
-            head = min(until_line(dx, dx_at), wide)
+        head = min(until_line(dx, dx_at), wide)  # as in `rows`: vectors across two lines take twice as long to store
         i = 0
         while i < wide:
             part = min(width_of(no), wide - i)

@@ -186,7 +186,9 @@ def _group_moments(x, mask, g, k0, k1, centred):
         n = np.float64(g.R1)
         mean, m2, trusted = settle(n, sum_of_lanes(s), sum_of_lanes(q), np.float64(k), centred)
         if not trusted:
-            mean, m2 = _exact_moments(x, at, 0, 1, g.R1, mask, 0, 0, 0, centred)
+            mean, m2 = _exact_moments(  # without constants, for which Numba would compile it anew
+                x, at, g.x_R0, g.R0, g.R1, mask, g.mask_start, g.mask_R0, g.mask_R1, centred
+            )
         return n, mean, m2
     count = mean = m2 = 0.0
     for chunk in range(g.chunks):
@@ -227,17 +229,13 @@ def _write(x, y, weight, bias, a, b, channel, n, hi, lo, gain, shift, g):
     stream = g.stream != 0 and (head == 0 or n >= LONG_RUN)
     if head > 0:
         _write_part(x, y, weight, bias, a, b, channel, head, hi, lo, gain, shift)
-    if stream or g.ahead != 0:
-        for i in range(head, stop, step):
+    for i in range(head, stop, step):
+        if g.ahead != 0:
             prefetch(hi, x, a + i + g.ahead)
-            v = _affine((load_lanes(hi, x, a + i) - hi) - lo, weight, bias, channel + i, gain, shift)
-            if stream:
-                stream_lanes(v, y, b + i)
-            else:
-                store_lanes(v, y, b + i)
-    else:
-        for i in range(head, stop, step):
-            v = _affine((load_lanes(hi, x, a + i) - hi) - lo, weight, bias, channel + i, gain, shift)
+        v = _affine((load_lanes(hi, x, a + i) - hi) - lo, weight, bias, channel + i, gain, shift)
+        if stream:
+            stream_lanes(v, y, b + i)
+        else:
             store_lanes(v, y, b + i)
     if stop < n:
         _write_part(x, y, weight, bias, a + stop, b + stop, channel + stop, n - stop, hi, lo, gain, shift)

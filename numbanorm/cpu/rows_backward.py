@@ -19,8 +19,9 @@ import numpy as np
 from numba import prange
 
 from .dtypes import counts, lane, load, pointer, store
-from .jit import Kernel, scalar
+from .jit import Kernel, inlined, scalar
 from .lanes import (
+    LINE,
     all_lanes,
     choose,
     first_lanes,
@@ -29,6 +30,7 @@ from .lanes import (
     load_part,
     load_some,
     marked_lanes,
+    no_exact_lanes,
     no_lanes,
     prefetch,
     settle_streams,
@@ -43,6 +45,30 @@ from .welford import BLOCK, at
 
 FLUSH = 32
 """Rows whose products are added in float32 before they go to the float64 gradients of weight and bias."""
+
+
+@inlined
+def _run_sums(dy, x, weight, dy_at, x_at, first, width, hi, lo, scale):
+    """Sum dy and dy * h over `width` neighbours; dy is weighted from `first` on where there is a weight."""
+    a = b = no_lanes(x)
+    step = width_of(a)
+    whole = width - width % step
+    for i in range(0, whole, step):
+        d = load_lanes(a, dy, dy_at + i)
+        if weight is not None:
+            d = d * load_lanes(a, weight, first + i)
+        h = ((load_lanes(a, x, x_at + i) - hi) - lo) * scale
+        a = a + d
+        b = fused(d, h, b)
+    if whole < width:
+        rest = width - whole
+        d = load_part(a, dy, dy_at + whole, rest)
+        if weight is not None:
+            d = d * load_part(a, weight, first + whole, rest)
+        h = ((load_part(a, x, x_at + whole, rest) - hi) - lo) * scale
+        a = a + d
+        b = b + choose(first_lanes(a, rest), d * h)
+    return sum_of_lanes(a), sum_of_lanes(b)
 
 
 @scalar
@@ -65,40 +91,70 @@ def _chunk_sums(sums, channels, dy, x, weight, g, k0, k1, chunk, mean, rstd):
         dy_start = g.y_start + k0 * g.y_K0 + r0 * g.y_R0 + k1 * g.y_K1
         j = j_start
         while j < j_stop:
-            channel = first = 0
             width = min(j_stop - j, BLOCK)
             if g.inner == 1:
+                channel = 0
                 first = (k1 * g.R1 + j) % g.size
+                a, b = _run_sums(dy, x, weight, dy_start + j, x_start + j, first, width, hi, lo, scale)
             else:
-                width = min(width, g.inner - j % g.inner)
                 channel = j // g.inner
-            a = b = no
-            whole = width - width % width_of(no)
-            for i in range(0, whole, width_of(no)):
-                d = load_lanes(no, dy, dy_start + j + i)
-                if g.inner == 1:
-                    d = d * load_lanes(no, weight, first + i)
-                h = ((load_lanes(no, x, x_start + j + i) - hi) - lo) * scale
-                a = a + d
-                b = fused(d, h, b)
-            if whole < width:
-                rest = width - whole
-                d = load_part(no, dy, dy_start + j + whole, rest)
-                if g.inner == 1:
-                    d = d * load_part(no, weight, first + whole, rest)
-                h = ((load_part(no, x, x_start + j + whole, rest) - hi) - lo) * scale
-                a = a + d
-                b = b + choose(first_lanes(no, rest), d * h)
-            store(sums, channel, load(sums, channel) + sum_of_lanes(a))
-            store(sums, channels + channel, load(sums, channels + channel) + sum_of_lanes(b))
+                width = min(width, g.inner - j % g.inner)
+                a, b = _run_sums(dy, x, None, dy_start + j, x_start + j, 0, width, hi, lo, scale)
+            store(sums, channel, load(sums, channel) + a)
+            store(sums, channels + channel, load(sums, channels + channel) + b)
             j += width
 
 
-@scalar
-def _emit(dy, x, dx, mask, weight, products, half, g, k0, r0, k1, start, stop, mean, rstd, mean_g, mean_gh):
-    """Write dx of one run from `start` to `stop`, block by block; where weights lie along the run, add to `products`.
+@inlined
+def _emit_strip(dy, x, dx, mask, weight, starts, i, part, products, half, values, depends, marked, line, g):
+    """Write `part` elements of dx, up to a vector; add to `products`, if there are any, dy * h and, `half` on, dy."""
+    dy_at, x_at, dx_at, mask_at, first, p = starts
+    hi, lo, scale, gain, c, e = values
+    if g.ahead != 0:
+        prefetch(hi, x, x_at + i + g.ahead)
+        prefetch(hi, dy, dy_at + i + g.ahead_dy)
+    h = ((load_some(hi, x, x_at + i, part) - hi) - lo) * scale
+    d = load_some(hi, dy, dy_at + i, part)
+    if products is not None:
+        store_some(fused(d, h, load_some(hi, products, p + i, part)), products, p + i, part)
+        store_some(load_some(hi, products, p + half + i, part) + d, products, p + half + i, part)
+    centre = fused(h, e, c)
+    if mask is not None and marked:
+        centre = choose(marked_lanes(hi, mask, mask_at + i, part), centre)
+    elif not depends:
+        centre = no_lanes(x)
+    if weight is not None:
+        gain = load_some(hi, weight, first + i, part)
+    v = (d * gain - centre) * scale
+    if line:
+        stream_lanes(v, dx, dx_at + i)
+    else:
+        store_some(v, dx, dx_at + i, part)
 
-    `products` takes `half` sums of dy * h, then as many of dy; none if `half` is 0.
+
+@inlined
+def _emit_stretch(dy, x, dx, mask, weight, starts, width, products, half, values, depends, marked, g):
+    """Write `width` elements of dx under one affine map; what comes before the first whole cache line goes apart."""
+    hi = values[0]
+    step = width_of(hi)
+    head = min(until_line(dx, starts[2]), width)
+    stop = width - (width - head) % step
+    stream = g.stream != 0 and (head == 0 or width >= LONG_RUN)
+    if head > 0:
+        _emit_strip(dy, x, dx, mask, weight, starts, 0, head, products, half, values, depends, marked, False, g)
+    for i in range(head, stop, step):
+        _emit_strip(dy, x, dx, mask, weight, starts, i, step, products, half, values, depends, marked, stream, g)
+    if stop < width:
+        _emit_strip(
+            dy, x, dx, mask, weight, starts, stop, width - stop, products, half, values, depends, marked, False, g
+        )
+
+
+@inlined
+def _emit(dy, x, dx, mask, weight, products, p, half, g, k0, r0, k1, start, stop, mean, rstd, mean_g, mean_gh):
+    """Write dx of one run from `start` to `stop`; where weights lie along the run, add to `products`, if any, from `p`.
+
+    `products` takes `half` sums of dy * h, then as many of dy.
     """
     x_start = g.x_start + k0 * g.x_K0 + r0 * g.x_R0 + k1 * g.x_K1
     dy_start = g.y_start + k0 * g.y_K0 + r0 * g.y_R0 + k1 * g.y_K1
@@ -108,68 +164,49 @@ def _emit(dy, x, dx, mask, weight, products, half, g, k0, r0, k1, start, stop, m
     hi = all_lanes(no, lane(x, mean))
     lo = all_lanes(no, lane(x, mean - np.float64(lane(x, mean))))
     scale = all_lanes(no, lane(x, rstd))
+    marked = g.mask_R1 != 0
     # Where dx does not depend on x, as in inference, NaN and Inf in x must not come in by a product with 0.
-    depends = (mask is None or g.mask_R1 != 0 or counts(mask, mask_start)) and not (mean_g == 0.0 and mean_gh == 0.0)
+    depends = (mask is None or marked or counts(mask, mask_start)) and not (mean_g == 0.0 and mean_gh == 0.0)
     c = all_lanes(no, lane(x, mean_g))
     e = all_lanes(no, lane(x, mean_gh))
-    along = g.inner == 1
-    gain = no
     j = start
     while j < stop:
+        starts = (dy_start + j, x_start + j, dx_start + j, mask_start + j)
         width = stop - j
-        first = 0
-        if along:
-            first = (k1 * g.R1 + j) % g.size
+        if g.inner == 1:
+            first = j if g.size == g.R1 else (k1 * g.R1 + j) % g.size
             width = min(width, g.size - first)
+            starts_along = (*starts, first, p + j - start)
+            values = (hi, lo, scale, no, c, e)
+            _emit_stretch(dy, x, dx, mask, weight, starts_along, width, products, half, values, depends, marked, g)
         else:
             width = min(width, g.inner - j % g.inner)
             gain = all_lanes(no, load(weight, (k1 * g.R1 + j) // g.inner % g.size))
-        out = dx_start + j
-        head = 0
-        stream = g.stream != 0
-        if stream:
-            head = until_line(dx, out)
-            stream = head == 0 or width >= LONG_RUN
-            head = min(head, width) if stream else 0
-        i = 0
-        while i < width:
-            part = min(width_of(no), width - i)
-            if i < head:
-                part = head - i
-            if g.ahead != 0:
-                prefetch(no, x, x_start + j + i + g.ahead)
-                prefetch(no, dy, dy_start + j + i + g.ahead_dy)
-            h = ((load_some(no, x, x_start + j + i, part) - hi) - lo) * scale
-            d = load_some(no, dy, dy_start + j + i, part)
-            if half > 0:
-                p = j - start + i
-                store_some(fused(d, h, load_some(no, products, p, part)), products, p, part)
-                store_some(load_some(no, products, half + p, part) + d, products, half + p, part)
-            centre = fused(h, e, c)
-            if mask is not None and g.mask_R1 != 0:
-                centre = choose(marked_lanes(no, mask, mask_start + j + i, part), centre)
-            elif not depends:
-                centre = no
-            if along:
-                gain = load_some(no, weight, first + i, part)
-            v = (d * gain - centre) * scale
-            if stream and part == width_of(no):
-                stream_lanes(v, dx, out + i)
-            else:
-                store_some(v, dx, out + i, part)
-            i += part
+            values = (hi, lo, scale, gain, c, e)
+            _emit_stretch(dy, x, dx, mask, None, (*starts, 0, 0), width, None, 0, values, depends, marked, g)
         j += width
 
 
+@inlined
+def _products_from(dx, dx_at, products):
+    """Return where to begin in `products`, so that its vectors, too, start with cache lines where those of dx do."""
+    lanes = LINE // products.itemsize
+    return until_line(products, 0) + -until_line(dx, dx_at) % lanes
+
+
 @scalar
-def _flush(products, gradients, first):
-    """Add the products of the last rows to a slab's gradients and clear them."""
-    half = products.shape[0] // 2
-    for i in range(half):
-        gradients[0, first + i] += products[i]
-        gradients[1, first + i] += products[half + i]
-        products[i] = 0.0
-        products[half + i] = 0.0
+def _flush(products, p, half, gradients, at, size):
+    """Add the products of the last rows to float64 gradients, the second `size` after the first, and clear them."""
+    no = no_exact_lanes()
+    step = width_of(no)
+    for row in range(2):
+        of = p + row * half
+        to = at + row * size
+        for i in range(0, half, step):
+            rest = half - i
+            total = load_some(no, gradients, to + i, rest) + load_some(no, products, of + i, rest)
+            store_some(total, gradients, to + i, rest)
+            store_some(no, products, of + i, rest)
 
 
 @scalar
@@ -190,41 +227,79 @@ def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradi
     first = k1 * g.R1 // g.inner % g.size
     sums = np.empty(2 * channels)
     total = np.empty(2 * channels)
+    batch = g.unit_groups
+    means_of = np.empty((batch, 2))
     half = g.R1 if along else 0
-    products = np.zeros(2 * half, weight.dtype)
+    products = np.zeros(2 * half + 2 * LINE, weight.dtype)
     # Each array below is used, as an array, after the last call that got its pointer: so it is still alive then.
     p_dy, p_x, p_dx, p_mask, p_weight = pointer(dy), pointer(x), pointer(dx), pointer(mask), pointer(weight)
-    p_sums, p_products = pointer(sums), pointer(products)
+    p_sums, p_products, p_gradients = pointer(sums), pointer(products), pointer(gradients)
+    size = gradients.shape[2]
+    flush_at = slab * 2 * size + first
     start = slab * g.K0 // slabs
-    for k0 in range(start, (slab + 1) * g.K0 // slabs):
-        group = k0 * g.K1 + k1
-        mean = at(means, group)
-        rstd = at(rstds, group)
-        total[:] = 0.0
-        for chunk in range(g.chunks):
-            _chunk_sums(p_sums, channels, p_dy, p_x, p_weight, g, k0, k1, chunk, mean, rstd)
-            for c in range(2 * channels):
-                total[c] += sums[c]
-        sum_g, sum_gh = total[0], total[channels]
-        if not along:
-            sum_g = sum_gh = 0.0
-            for c in range(channels):
-                sum_g += weight[first + c] * total[c]
-                sum_gh += weight[first + c] * total[channels + c]
-                gradients[slab, 0, first + c] += total[channels + c]
-                gradients[slab, 1, first + c] += total[c]
-        count = at(counts_of, group)
-        mean_g = _average(sum_g, count) if centred else 0.0
-        mean_gh = _average(sum_gh, count)
-        for r0 in range(g.R0):
-            _emit(
-                p_dy, p_x, p_dx, p_mask, p_weight, p_products, half, g, k0, r0, k1, 0, g.R1, mean, rstd, mean_g, mean_gh
-            )
-        if along and (k0 - start) % FLUSH == FLUSH - 1:
-            _flush(products, gradients[slab], first)
+    stop = (slab + 1) * g.K0 // slabs
+    p = _products_from(p_dx, (start * g.K1 + k1) * g.R1, products)
+    for base in range(start, stop, batch):  # as in `rows`: no dx waits for its own sums
+        for k0 in range(base, min(base + batch, stop)):
+            group = k0 * g.K1 + k1
+            mean = at(means, group)
+            rstd = at(rstds, group)
+            if along and g.R0 == 1 and g.size == g.R1 <= BLOCK:  # one block: the same without the books
+                no = no_lanes(x)
+                hi = all_lanes(no, lane(x, mean))
+                lo = all_lanes(no, lane(x, mean - np.float64(lane(x, mean))))
+                scale = all_lanes(no, lane(x, rstd))
+                dy_at = g.y_start + k0 * g.y_K0 + k1 * g.y_K1
+                x_at = g.x_start + k0 * g.x_K0 + k1 * g.x_K1
+                sum_g, sum_gh = _run_sums(p_dy, p_x, p_weight, dy_at, x_at, 0, g.R1, hi, lo, scale)
+            else:
+                total[:] = 0.0
+                for chunk in range(g.chunks):
+                    _chunk_sums(p_sums, channels, p_dy, p_x, p_weight, g, k0, k1, chunk, mean, rstd)
+                    for c in range(2 * channels):
+                        total[c] += sums[c]
+                sum_g, sum_gh = total[0], total[channels]
+            if not along:
+                sum_g = sum_gh = 0.0
+                for c in range(channels):
+                    sum_g += weight[first + c] * total[c]
+                    sum_gh += weight[first + c] * total[channels + c]
+                    gradients[slab, 0, first + c] += total[channels + c]
+                    gradients[slab, 1, first + c] += total[c]
+            count = at(counts_of, group)
+            means_of[k0 - base, 0] = _average(sum_g, count) if centred else 0.0
+            means_of[k0 - base, 1] = _average(sum_gh, count)
+        for k0 in range(base, min(base + batch, stop)):
+            group = k0 * g.K1 + k1
+            mean, rstd = at(means, group), at(rstds, group)
+            mean_g, mean_gh = means_of[k0 - base, 0], means_of[k0 - base, 1]
+            for r0 in range(g.R0):
+                _emit(
+                    p_dy,
+                    p_x,
+                    p_dx,
+                    p_mask,
+                    p_weight,
+                    p_products,
+                    p,
+                    half,
+                    g,
+                    k0,
+                    r0,
+                    k1,
+                    0,
+                    g.R1,
+                    mean,
+                    rstd,
+                    mean_g,
+                    mean_gh,
+                )
+            if along and (k0 - start) % FLUSH == FLUSH - 1:
+                _flush(p_products, p, half, p_gradients, flush_at, size)
     if g.stream != 0:
         settle_streams()
-    _flush(products, gradients[slab], first)  # of length 0 where weights do not lie along
+    _flush(p_products, p, half, p_gradients, flush_at, size)  # of length 0 where weights do not lie along
+    sums[0] = products[0]
 
 
 @Kernel
@@ -286,7 +361,7 @@ def _emit_piece(unit, dy, x, dx, mask, weight, counts_of, means, rstds, sums, g,
         rstd = at(rstds, group)
         mean_g = _average(load(sums, group), count) if centred else 0.0
         mean_gh = _average(load(sums, groups + group), count)
-        _emit(dy, x, dx, mask, weight, weight, 0, g, k0, r0, k1, j, stop, mean, rstd, mean_g, mean_gh)
+        _emit(dy, x, dx, mask, weight, None, 0, 0, g, k0, r0, k1, j, stop, mean, rstd, mean_g, mean_gh)
     if g.stream != 0:
         settle_streams()
 
@@ -323,22 +398,41 @@ def _emit_lanes_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, sum
     start = unit * BLOCK
     stop = min(start + BLOCK, g.R1)
     half = stop - start
-    products = np.zeros(2 * half, weight.dtype)
+    products = np.zeros(2 * half + 2 * LINE, weight.dtype)
     gradients = np.zeros((2, half))
     p_dy, p_x, p_dx, p_mask, p_weight = pointer(dy), pointer(x), pointer(dx), pointer(mask), pointer(weight)
-    p_products = pointer(products)
+    p_products, p_gradients = pointer(products), pointer(gradients)
+    p = _products_from(p_dx, start, products)
     for k0 in range(g.K0):
         mean, rstd, count = at(means, k0), at(rstds, k0), at(counts_of, k0)
         mean_g = _average(sums[0, k0], count) if centred else 0.0
         mean_gh = _average(sums[1, k0], count)
         _emit(
-            p_dy, p_x, p_dx, p_mask, p_weight, p_products, half, g, k0, 0, 0, start, stop, mean, rstd, mean_g, mean_gh
+            p_dy,
+            p_x,
+            p_dx,
+            p_mask,
+            p_weight,
+            p_products,
+            p,
+            half,
+            g,
+            k0,
+            0,
+            0,
+            start,
+            stop,
+            mean,
+            rstd,
+            mean_g,
+            mean_gh,
         )
         if k0 % FLUSH == FLUSH - 1:
-            _flush(products, gradients, 0)
+            _flush(p_products, p, half, p_gradients, 0, half)
     if g.stream != 0:
         settle_streams()
-    _flush(products, gradients, 0)
+    _flush(p_products, p, half, p_gradients, 0, half)
+    products[0] = 0.0
     for i in range(half):
         dweight[start + i] = gradients[0, i]
         if dbias.shape[0] > 0:
