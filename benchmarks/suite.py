@@ -12,6 +12,7 @@ python benchmarks/suite.py serve                  serve it to a browser on this 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import re
@@ -90,7 +91,7 @@ def check(options: argparse.Namespace) -> int:
 
 
 def quick(options: argparse.Namespace) -> int:
-    """Run every benchmark once, and say how many ran; fail if one failed, or gave nothing that it need not."""
+    """Run every benchmark once, and say how many ran; fail if one failed, gave no figure or does not say what it is."""
     with tempfile.TemporaryDirectory() as folder:
         conf = beside(Path(folder))
         arguments = ["--quick", "--launch-method", LAUNCH, "--show-stderr", "--bench", options.bench]
@@ -100,7 +101,8 @@ def quick(options: argparse.Namespace) -> int:
         results = {name: values for path in files for name, values in read(path).items()}
         listed = Path(folder) / "results" / "benchmarks.json"
         known = json.loads(listed.read_text()) if listed.exists() else {}
-    known = [name for name in known if name != "version" and re.search(options.bench, name)]
+    known = {name: known[name] for name in known if name != "version" and re.search(options.bench, name)}
+    nameless = [name for name, benchmark in known.items() if not is_described(benchmark)]
     failed = sorted(name for name in known if None in results.get(name, [None]))
     empty = [name for name, values in results.items() if name not in failed and all(map(is_missing, values))]
     wrong = [name for name in empty if not name.startswith(MAY_BE_MISSING)]
@@ -110,9 +112,11 @@ def quick(options: argparse.Namespace) -> int:
     print(f"n/a here: {', '.join(empty) or 'none'}")
     if failed or wrong:
         print(f"failed: {', '.join(failed) or 'none'}; n/a but should not be: {', '.join(wrong) or 'none'}")
+    if nameless:
+        print(f"without a docstring, a unit or a version of their own: {', '.join(nameless)}")
     if ran < options.at_least:
         print(f"expected at least {options.at_least} benchmarks to run")
-    return status or int(bool(failed or wrong) or ran < options.at_least)
+    return status or int(bool(failed or wrong or nameless) or ran < options.at_least)
 
 
 def read(path: Path) -> dict[str, list[Any]]:
@@ -120,6 +124,12 @@ def read(path: Path) -> dict[str, list[Any]]:
     stored = json.loads(path.read_text())
     column = stored["result_columns"].index("result")
     return {name: row[column] or [None] for name, row in stored["results"].items()}
+
+
+def is_described(benchmark: dict[str, Any]) -> bool:
+    """Return whether a benchmark has what asv does without: a docstring, a unit, and a version that is no hash."""
+    function = next(node for node in ast.walk(ast.parse(benchmark["code"])) if isinstance(node, ast.FunctionDef))
+    return bool(ast.get_docstring(function)) and benchmark["unit"] != "unit" and benchmark["version"].isdecimal()
 
 
 def is_missing(value: Any) -> bool:
