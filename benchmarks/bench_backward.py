@@ -28,7 +28,7 @@ class Seconds(common.Timed):
     def prepare(self, name: str) -> None:
         case = common.Case(name)
         dy = np.random.default_rng(1).standard_normal(case.x.shape, dtype=np.float32).astype(case.dtype, copy=False)
-        self.call = case.backward_call(dy)
+        self.call, self.read = case.backward_call(dy), case.x
         case.check_backward(self.call(), dy)
 
     def time_backward(self, name: str) -> None:

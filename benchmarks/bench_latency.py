@@ -29,7 +29,7 @@ class Hot(common.Timed):
 
     def prepare(self, name: str) -> None:
         case = common.Case(name)
-        self.call = case.call()
+        self.call, self.read = case.call(), case.x
         case.check(self.call())
 
     def time_forward(self, name: str) -> None:

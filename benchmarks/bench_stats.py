@@ -27,7 +27,7 @@ class Moments(common.Timed):
     def prepare(self, over: str, dtype: str) -> None:
         common.need("Moments")
         x = np.random.default_rng(0).standard_normal((4096, 1024), dtype=np.float32).astype(dtype)
-        self.call = lambda: nn.Moments.of(x, AXES[over])
+        self.call, self.read = lambda: nn.Moments.of(x, AXES[over]), x
         check(self.call(), x, AXES[over])
 
     def time_of(self, over: str, dtype: str) -> None:
@@ -49,7 +49,7 @@ class Stream(common.Timed):
         for part in batches[1:]:
             self.moments.update(part)
         check(self.moments, x, 0)
-        self.call = lambda: self.moments.update(batches[0])
+        self.call, self.read = lambda: self.moments.update(batches[0]), batches[0]
 
     def time_update(self, batch: str) -> None:
         """Seconds of one update."""
@@ -65,7 +65,7 @@ class Merge(common.Timed):
         x = np.random.default_rng(0).standard_normal((64, 1024), dtype=np.float32)
         of = common.need("Moments").of
         first, second = of(x[:20], 0), of(x[20:], 0)
-        self.call = lambda: first + second
+        self.call, self.read = lambda: first + second, first.mean
         check(self.call(), x, 0)
 
     def time_add(self) -> None:

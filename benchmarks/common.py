@@ -6,10 +6,14 @@ microsecond would read double.
 
 Calls on one thread are timed by the thread's own clock, which stands while another process has the core: on an idle
 core it agrees with the wall's, on a shared one the wall's was seen to read three times as much.
+
+Two commits are compared in another unit: a sample is the time of a call in 10 ms of calls, over that of `numpy.copyto`
+in the 10 ms that follow. What a neighbour slows down for a minute, it slows down for both.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -24,6 +28,9 @@ import numbanorm as nn
 EPS = 1e-5
 GROUPS = 8
 SAMPLE_SECONDS = 0.01
+IN_COPIES = "NUMBANORM_BENCH_IN_COPIES" in os.environ
+"""Whether a `Timed` gives times of `numpy.copyto` of the same array, and not seconds: so asks `suite.py compare`."""
+
 TOLERANCE = {"bfloat16": 2e-2, "float16": 4e-3, "float32": 1e-5, "float64": 1e-10}
 """What tells a wrong result from a rounded one; bench_accuracy is about the rest."""
 
@@ -222,25 +229,33 @@ class Prepared:
 
 
 class Timed(Prepared):
-    """A benchmark in seconds; `prepare` sets `call`, and `run` loops over it for about 10 ms."""
+    """A benchmark in seconds; `prepare` sets `call` and the array that it reads, and `run` loops over it for 10 ms."""
 
     rounds = 1
     repeat = (5, 30, 0.3)
     warmup_time = 0.02
     call: Callable[[], Any]
+    read: np.ndarray
     loops = 1
+    elapsed = 0.0
 
     def setup(self, *params: Any) -> None:
         fresh = self._prepared != params
         super().setup(*params)
         if fresh:
             self.loops = loops_for(self.call)
+            if IN_COPIES:
+                self.copy = copies(np.empty_like(self.read), self.read)
+                self.copy_loops = loops_for(self.copy)
 
     def timer(self) -> float:
         """Return the clock that asv reads before and after `run`: one call's share of the loop."""
-        return time.thread_time() / self.loops
+        return self.elapsed if IN_COPIES else time.thread_time() / self.loops
 
     def run(self) -> None:
+        if IN_COPIES:
+            self.elapsed += seconds_of(self.call, self.loops) / seconds_of(self.copy, self.copy_loops)
+            return
         call = self.call
         for _ in repeat(None, self.loops):
             call()
