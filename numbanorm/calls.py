@@ -211,6 +211,10 @@ class _Running:
                 raise TypeError(f"{name}: expected an array to update in place, got {type(given).__name__}")
             if not array.flags.writeable:
                 raise ValueError(f"{name}: expected a writeable array, got a read-only one")
+            if array.size > 1 and abs(array.strides[0]) < array.itemsize:
+                raise ValueError(f"{name}: expected an element of memory for each channel, got a broadcast array")
+        if np.may_share_memory(self.mean, self.var) and arrays.overlap(self.mean, self.var):
+            raise ValueError("running_mean, running_var: expected memory of their own, got one array for both")
 
     def update(self, stats: np.ndarray, momentum: float) -> None:
         """Move towards the statistics (3 rows: count, mean, M2; channels last), averaged over samples that count."""

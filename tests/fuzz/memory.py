@@ -217,7 +217,7 @@ def guarded_empty(shape: Any, dtype: Any = float) -> np.ndarray:
     """Return what `numpy.empty` returns: every byte 255 (floats are NaN), the end next to a guard page."""
     kind = np.dtype(dtype)
     lengths = (int(shape),) if isinstance(shape, (int, np.integer)) else tuple(shape)
-    size = prod(lengths) * kind.itemsize
+    size = int(prod(lengths)) * kind.itemsize
     region = Region(max(size, 1))
     region.bytes[:] = 255
     start = region.bytes.size - size
