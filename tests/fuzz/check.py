@@ -7,8 +7,8 @@ from random import Random
 from typing import Any
 
 import numpy as np
-from cases import ALL_DTYPES, ARENA_BYTES, Case, Maker
-from memory import Arena, Placed, guarded_outputs
+from draws import ALL_DTYPES, ARENA_BYTES, Case, Maker
+from guarded import Arena, Placed, guarded_outputs
 from wrong import spoil
 
 WRONG = 0.3

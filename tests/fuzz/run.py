@@ -1,9 +1,9 @@
 """Make calls drawn by chance, right ones and wrong ones, and judge each: `python tests/fuzz/run.py --calls 100000`.
 
-Call number i of a seed is the same on every machine with the same NumPy: a failure names seed and number, and
-`--only NUMBER` makes that call again. The calls run in a process of their own, so that a crash is told like any other
-failure. With NUMBA_DISABLE_JIT=1 the kernels run as plain Python, which checks every index. Every call must give what `judge.py` works out, or raise the documented error; no input changes, and nothing
-is written beside an output.
+Call number i of a seed is the same on every machine with the same NumPy: a failure names seed and number, and `--only
+NUMBER` makes that call again. The calls run in a process of their own, so that a crash is told like any other failure.
+With NUMBA_DISABLE_JIT=1 the kernels run as plain Python, which checks every index. Every call must give what
+`judge.py` works out, or raise the documented error; no input changes, and nothing is written beside an output.
 """
 
 from __future__ import annotations
@@ -40,15 +40,17 @@ def options() -> argparse.Namespace:
     parser.add_argument("--first", type=int, default=0, help="number of the first call")
     parser.add_argument("--only", type=int, help="make this one call alone, in this process")
     parser.add_argument("--few-dtypes", action="store_true", help="seven dtypes of thirteen: less to compile")
-    parser.add_argument("--shrunk", action="store_true", help="with NUMBA_DISABLE_JIT=1: chunks, tiles, blocks are small")
+    parser.add_argument(
+        "--shrunk", action="store_true", help="with NUMBA_DISABLE_JIT=1: chunks, tiles, blocks are small"
+    )
     parser.add_argument("--progress", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def work(given: argparse.Namespace) -> int:
     """Make the calls; return how many went wrong."""
-    from cases import ALL_DTYPES, FEW_DTYPES
     from check import WrongError, check, draw, make_arena
+    from draws import ALL_DTYPES, FEW_DTYPES
 
     if numba.config.DISABLE_JIT:
         import interpreter

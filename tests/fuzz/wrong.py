@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
-from cases import Case, native
+from draws import Case, native
 
 Spoil = Callable[[Random, Any], Any]
 

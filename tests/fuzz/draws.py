@@ -9,8 +9,8 @@ from random import Random
 from typing import Any
 
 import numpy as np
+from guarded import Arena, Placed, Shape, strides_of
 from judge import BFLOAT16, FLOATS, Judge, Result, View, axes_view, channel_view, lane, result_dtype
-from memory import Arena, Placed, Shape, strides_of
 from reference import LONG, moments
 
 import numbanorm as nn
