@@ -225,10 +225,12 @@ class _Running:
         samples = seen.sum(axis=0)
         with np.errstate(all="ignore"):  # NaN, Inf and what is too large for the dtype go the way of all arithmetic
             unbiased = m2 / np.maximum(count - 1.0, 1.0)
+            moved = []
             for array, values in ((self.mean, mean), (self.var, unbiased)):
                 batch = np.where(seen, values, 0.0).sum(axis=0) / np.maximum(samples, 1)
                 old = array.astype(np.float64)
-                array[...] = np.where(samples > 0, (1.0 - momentum) * old + momentum * batch, old)
+                moved.append(np.where(samples > 0, (1.0 - momentum) * old + momentum * batch, old))
+            self.mean[...], self.var[...] = moved  # both or neither: memory may run out above
 
 
 def run_tracked(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numba as _typed_numba
@@ -15,6 +17,7 @@ _requested: int | None = None
 _forked = False
 _lock = threading.Lock()
 _here = threading.local()
+_looked_for_tbb = False
 
 
 def set_num_threads(n: int) -> None:
@@ -57,7 +60,21 @@ def get_num_threads() -> int:
     int
         What `set_num_threads` set, or else Numba's own number.
     """
-    return numba.get_num_threads() if _requested is None else _requested
+    if _requested is not None:
+        return _requested
+    _find_tbb()
+    return int(numba.get_num_threads())
+
+
+def _find_tbb() -> None:
+    """Load pip's TBB if it is asked for, before Numba starts its threads: it lies where no loader looks in a venv."""
+    global _looked_for_tbb
+    if _looked_for_tbb:
+        return
+    _looked_for_tbb = True
+    if numba.config.THREADING_LAYER in ("tbb", "safe", "threadsafe", "forksafe"):
+        with suppress(OSError):  # there is none: Numba looks elsewhere, and tells what it misses
+            ctypes.CDLL(os.path.join(sys.prefix, "lib", "libtbb.so.12"), ctypes.RTLD_GLOBAL)
 
 
 def usable_threads() -> int:
@@ -86,6 +103,7 @@ def launch_lock() -> threading.Lock:
     and under OpenMP each of them would start as many threads as there are cores. Who finds the lock taken runs the
     serial twin: the bits are the same, no one waits, and a signal handler that calls a norm cannot wait for itself.
     """
+    _find_tbb()
     if _requested is not None and numba.get_num_threads() != _requested:
         numba.set_num_threads(_requested)
     return _lock
