@@ -39,6 +39,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="which calls to make")
     parser.add_argument("--first", type=int, default=0, help="number of the first call")
     parser.add_argument("--only", type=int, help="make this one call alone, in this process")
+    parser.add_argument("--here", action="store_true", help="make the calls in this process")
     parser.add_argument("--few-dtypes", action="store_true", help="seven dtypes of thirteen: less to compile")
     parser.add_argument(
         "--shrunk", action="store_true", help="with NUMBA_DISABLE_JIT=1: chunks, tiles, blocks are small"
@@ -98,7 +99,7 @@ def work(given: argparse.Namespace) -> int:
 
 def main() -> int:
     given = options()
-    if given.only is not None or given.progress:
+    if given.only is not None or given.progress or given.here:
         return min(work(given), 1)
     descriptor, progress = tempfile.mkstemp()
     try:
