@@ -222,7 +222,7 @@ def install() -> None:
 
 
 SMALL = {
-    "CHUNK": 64,
+    "CHUNK": 160,
     "BLOCK": 48,
     "BLOCK_ROWS": 8,
     "FOLD_LANES": 48,
