@@ -157,7 +157,7 @@ def as_output(value: Any, shape: tuple[int, ...], dtype: np.dtype[Any], inputs: 
         if not np.may_share_memory(out, array):  # bounds alone: 0.3 us
             continue
         whole = name in ("x", "residual") and _same_memory(out, array)
-        if not whole and _overlap(out, array):
+        if not whole and overlap(out, array):
             raise ValueError(f"out: expected memory apart from {name} (or all of x itself), got a partial overlap")
     return out
 
@@ -176,7 +176,8 @@ def _same_memory(a: np.ndarray, b: np.ndarray) -> bool:
     return address(a) == address(b) and a.strides == b.strides and a.dtype == b.dtype
 
 
-def _overlap(a: np.ndarray, b: np.ndarray) -> bool:
+def overlap(a: np.ndarray, b: np.ndarray) -> bool:
+    """Tell whether two arrays share an element; yes where that is hard to tell."""
     try:
         return np.shares_memory(a, b, max_work=10_000)  # type: ignore[arg-type]  # NumPy's stubs know -1 and 0 alone
     except np.exceptions.TooHardError:

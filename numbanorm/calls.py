@@ -211,6 +211,10 @@ class _Running:
                 raise TypeError(f"{name}: expected an array to update in place, got {type(given).__name__}")
             if not array.flags.writeable:
                 raise ValueError(f"{name}: expected a writeable array, got a read-only one")
+            if array.size > 1 and abs(array.strides[0]) < array.itemsize:
+                raise ValueError(f"{name}: expected an element of memory for each channel, got a broadcast array")
+        if np.may_share_memory(self.mean, self.var) and arrays.overlap(self.mean, self.var):
+            raise ValueError("running_mean, running_var: expected memory of their own, got one array for both")
 
     def update(self, stats: np.ndarray, momentum: float) -> None:
         """Move towards the statistics (3 rows: count, mean, M2; channels last), averaged over samples that count."""
@@ -221,10 +225,12 @@ class _Running:
         samples = seen.sum(axis=0)
         with np.errstate(all="ignore"):  # NaN, Inf and what is too large for the dtype go the way of all arithmetic
             unbiased = m2 / np.maximum(count - 1.0, 1.0)
+            moved = []
             for array, values in ((self.mean, mean), (self.var, unbiased)):
                 batch = np.where(seen, values, 0.0).sum(axis=0) / np.maximum(samples, 1)
                 old = array.astype(np.float64)
-                array[...] = np.where(samples > 0, (1.0 - momentum) * old + momentum * batch, old)
+                moved.append(np.where(samples > 0, (1.0 - momentum) * old + momentum * batch, old))
+            self.mean[...], self.var[...] = moved  # both or neither: memory may run out above
 
 
 def run_tracked(

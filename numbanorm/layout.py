@@ -42,6 +42,9 @@ NORMS = {
 }
 """Every norm: a new one is a row here."""
 
+MOST_GROUPS_OF_NOTHING = 1 << 16
+"""Groups of 0 channels at most: every number divides 0, but statistics of 2**63 groups fit into no memory."""
+
 _AFFINE = {GROUP, CHANNEL, NORMALIZED}
 
 
@@ -250,7 +253,7 @@ def _by_channel(rule: Rule, shape: tuple[int, ...], channel_axis: int, num_group
     if num_groups is None:
         parts = [(channels, CHANNEL)]
     else:
-        if num_groups < 1 or channels % num_groups:
+        if not 1 <= num_groups <= max(channels, MOST_GROUPS_OF_NOTHING) or channels % num_groups:
             raise ValueError(f"num_groups: expected a divisor of the {channels} channels, got {num_groups}")
         parts = [(num_groups, GROUP), (channels // num_groups, CHANNEL)]
     named = [(shape[sample_axis], SAMPLE, sample_axis)]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numba as _typed_numba
@@ -15,6 +17,7 @@ _requested: int | None = None
 _forked = False
 _lock = threading.Lock()
 _here = threading.local()
+_started = False
 
 
 def set_num_threads(n: int) -> None:
@@ -57,7 +60,24 @@ def get_num_threads() -> int:
     int
         What `set_num_threads` set, or else Numba's own number.
     """
-    return numba.get_num_threads() if _requested is None else _requested
+    if _requested is not None:
+        return _requested
+    _prepare()
+    return int(numba.get_num_threads())
+
+
+def _prepare() -> None:
+    """Note that Numba starts its threads now; before, load pip's TBB if it is asked for.
+
+    It lies where no loader looks in a virtual environment.
+    """
+    global _started
+    if _started:
+        return
+    _started = True
+    if numba.config.THREADING_LAYER in ("tbb", "safe", "threadsafe", "forksafe"):
+        with suppress(OSError):  # there is none: Numba looks elsewhere, and tells what it misses
+            ctypes.CDLL(os.path.join(sys.prefix, "lib", "libtbb.so.12"), ctypes.RTLD_GLOBAL)
 
 
 def usable_threads() -> int:
@@ -86,6 +106,7 @@ def launch_lock() -> threading.Lock:
     and under OpenMP each of them would start as many threads as there are cores. Who finds the lock taken runs the
     serial twin: the bits are the same, no one waits, and a signal handler that calls a norm cannot wait for itself.
     """
+    _prepare()
     if _requested is not None and numba.get_num_threads() != _requested:
         numba.set_num_threads(_requested)
     return _lock
@@ -104,9 +125,10 @@ def _layer() -> str:
 
 
 def _after_fork() -> None:
-    # OpenMP's threads do not survive a fork: a parallel kernel in the child would end it by SIGTERM.
+    # OpenMP's threads do not survive a fork: a parallel kernel in the child would end it by SIGTERM. And where another
+    # thread was starting Numba's threads just then, the lock that it held for that stays locked in the child.
     global _forked, _lock
-    _forked = _forked or _layer() != "unknown"
+    _forked = _forked or _started or _layer() != "unknown"
     _lock = threading.Lock()
 
 

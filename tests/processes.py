@@ -10,14 +10,19 @@ from pathlib import Path
 import numbanorm
 
 
-def run(code: str, *options: str, **environment: str) -> str:
-    """Run code in a fresh interpreter that finds the same numbanorm as this one; return what it prints."""
+def environment(**own: str) -> dict[str, str]:
+    """Return the environment of an interpreter that finds the same numbanorm as this one."""
     home = str(Path(numbanorm.__file__).parents[1])
     path = os.pathsep.join(p for p in (home, os.environ.get("PYTHONPATH", "")) if p)
-    own = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return kept | {"PYTHONPATH": path} | own
+
+
+def run(code: str, *options: str, **own: str) -> str:
+    """Run code in a fresh interpreter that finds the same numbanorm as this one; return what it prints."""
     done = subprocess.run(
         [sys.executable, "-P", *options, "-c", code],  # -P: not the numbanorm that may lie in the current folder
-        env=own | {"PYTHONPATH": path} | environment,
+        env=environment(**own),
         capture_output=True,
         text=True,
         timeout=300,

@@ -49,6 +49,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "rms": lambda x=X, normalized_shape=5, **o: nn.rms_norm(x, normalized_shape, **o),
 }
 ZEROS, ONES = np.zeros(6, np.float32), np.ones(6, np.float32)
+PAIRS = np.zeros((6, 2), np.float32)
 CHANNELS = ["batch", "batch, eval", "instance", "group"]
 TRACKED = ["batch", "batch, eval", "instance"]
 AXES = ["layer", "rms"]
@@ -137,6 +138,7 @@ CASES: list[tuple[list[str], dict[str, Any], type[Exception], str]] = [
     (["group"], {"num_groups": 0}, ValueError, "num_groups: .*got 0"),
     (["group"], {"num_groups": -2}, ValueError, "num_groups: .*got -2"),
     (["group"], {"num_groups": 12}, ValueError, "num_groups: .*got 12"),
+    (["group"], {"x": np.ones((4, 0, 5)), "num_groups": 2**63}, ValueError, "num_groups: .*the 0 channels, got 9223"),
     (["group"], {"num_groups": 2.0}, TypeError, "num_groups: expected an integer, got float"),
     (["group"], {"num_groups": True}, TypeError, "num_groups: expected an integer, got bool"),
     (["group"], {"num_groups": "2"}, TypeError, "num_groups: expected an integer, got str"),
@@ -213,6 +215,24 @@ CASES: list[tuple[list[str], dict[str, Any], type[Exception], str]] = [
     # running statistics
     (["batch", "instance"], {"running_mean": ZEROS}, ValueError, "running_mean, running_var: expected both or neither"),
     (["batch", "instance"], {"running_var": ONES}, ValueError, "running_mean, running_var: expected both or neither"),
+    (
+        ["batch", "instance"],
+        {"running_mean": PAIRS[:, 0], "running_var": np.broadcast_to(np.ones(1, np.float32), 6)},
+        ValueError,
+        "running_var: expected a writeable array",
+    ),
+    (
+        ["batch", "instance"],
+        {"running_mean": PAIRS[:, 0], "running_var": np.lib.stride_tricks.as_strided(np.ones(1), (6,), (0,))},
+        ValueError,
+        "running_var: expected an element of memory for each channel",
+    ),
+    (
+        ["batch", "instance"],
+        {"running_mean": PAIRS.reshape(-1)[:6], "running_var": PAIRS.reshape(-1)[5:11]},
+        ValueError,
+        "running_mean, running_var: expected memory of their own",
+    ),
     (["batch, eval"], {"running_mean": None}, ValueError, "running_mean, running_var: expected both"),
     (["batch, eval"], {"running_var": None}, ValueError, "running_mean, running_var: expected both"),
     (
@@ -370,3 +390,12 @@ def test_out_of_integers_is_a_float_array() -> None:
         nn.layer_norm(x, 5, out=x)
     with pytest.raises(TypeError, match="out: expected dtype float64, got float32"):
         nn.layer_norm(x.astype(np.int64), 5, out=np.ones((6, 5), np.float32))
+
+
+def test_running_statistics_side_by_side() -> None:
+    """Two columns of one table overlap in their bounds alone."""
+    table = np.array([[0.0, 1.0]] * 6, np.float32)
+    nn.batch_norm(X, table[:, 0], table[:, 1], training=True)
+    mean, var = ZEROS.copy(), ONES.copy()
+    nn.batch_norm(X, mean, var, training=True)
+    np.testing.assert_array_equal(table, np.stack([mean, var], 1))

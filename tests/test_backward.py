@@ -892,3 +892,19 @@ def test_input_overwritten_through_the_sum() -> None:
     expected = layer.backward(dy)
     layer(x, residual=residual, out=x)
     np.testing.assert_array_equal(layer.backward(dy), expected)
+
+
+@pytest.mark.parametrize(("norm", "shape"), [("instance", (8, 4, 64, 64)), ("batch", (2, 1, 256, 400))])
+def test_infinite_gradients_tell_no_warning(norm: str, shape: tuple[int, ...], threads: int) -> None:
+    """The sums of Inf in one slab of samples and -Inf in another are NaN; NumPy would warn of it."""
+    x, dy = normal(0, shape), np.zeros(shape, np.float32)
+    dy[0, 0, 0, 0], dy[-1, 0, 0, 0] = np.inf, -np.inf
+    more = {"training": True} if norm == "batch" else {}
+    _, mean, rstd = getattr(nn, f"{norm}_norm")(x, **more, return_stats=True)
+    back = getattr(nn, f"{norm}_norm_backward")
+    _, _, dbias = back(dy, x, mean, rstd, np.zeros(shape[1], np.float32))
+    assert np.isnan(dbias[0])
+    assert not dbias[1:].any()
+    dy[-1, 0, 0, 0] = np.inf
+    _, _, dbias = back(dy, x, mean, rstd, np.zeros(shape[1], np.float32))
+    assert dbias[0] == np.inf

@@ -365,13 +365,16 @@ def backward(
             arguments = (*data, out, mask, weight, *stats, sums, dweight, dbias, geo, layout.centred)
             _run(rows_backward.emit_lanes, threads, *arguments)
             return dweight, dbias
-        _run(rows_backward.emit, threads, *data, out, mask, weight, *stats, sums * weight, geo, layout.centred)
+        with np.errstate(all="ignore"):
+            weighted = sums * weight
+        _run(rows_backward.emit, threads, *data, out, mask, weight, *stats, weighted, geo, layout.centred)
         return sums[1], sums[0]
     gradients = np.zeros((_slabs(plan, *_items(plan, geo)), 2, layout.size))
     _run(rows_backward.backward, threads, *data, out, mask, weight, *stats, gradients, geo, layout.centred)
     return _sum_slabs(gradients)
 
 
+@np.errstate(all="ignore")
 def piece_sums(
     plan: Plan, dy: np.ndarray, x: np.ndarray, weight: np.ndarray | None, mean: np.ndarray, rstd: np.ndarray
 ) -> np.ndarray:
@@ -410,6 +413,7 @@ def piece_sums(
     return sums
 
 
+@np.errstate(all="ignore")
 def piece_gradient(
     plan: Plan,
     dy: np.ndarray,
@@ -463,7 +467,10 @@ def _group_of_lanes(plan: Plan, geo: np.ndarray) -> np.ndarray:
 
 def _sum_slabs(gradients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Add the slabs, in order."""
-    total = gradients[0] if len(gradients) == 1 else gradients.sum(axis=0)
+    if len(gradients) == 1:
+        return gradients[0, 0], gradients[0, 1]
+    with np.errstate(all="ignore"):  # NaN and Inf go the way of all arithmetic, as in kernels: without a warning
+        total = gradients.sum(axis=0)
     return total[0], total[1]
 
 

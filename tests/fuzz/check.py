@@ -7,15 +7,15 @@ from random import Random
 from typing import Any
 
 import numpy as np
-from cases import ALL_DTYPES, ARENA_BYTES, Case, Maker
-from memory import Arena, Placed, guarded_outputs
+from draws import ALL_DTYPES, ARENA_BYTES, Case, Maker
+from guarded import Arena, Placed, guarded_outputs
 from wrong import spoil
 
 WRONG = 0.3
 """Share of the calls that are spoiled."""
 
 
-class Wrong(AssertionError):
+class WrongError(AssertionError):
     """What a call did that it must not do."""
 
 
@@ -53,7 +53,7 @@ def check(case: Case, rnd: Random) -> str:
 
     Raises
     ------
-    Wrong
+    WrongError
         If a result is wrong, an error is none that is documented, or memory has changed that must not.
     """
     text = str(case)
@@ -61,45 +61,45 @@ def check(case: Case, rnd: Random) -> str:
         results = _call(case, rnd)
     except Exception as error:
         if not case.blamed or not isinstance(error, (TypeError, ValueError)):
-            raise Wrong(f"{text}\nraised {type(error).__name__}: {error}") from error
+            raise WrongError(f"{text}\nraised {type(error).__name__}: {error}") from error
         begin = re.match(r"[a-z_0-9]+(, [a-z_0-9]+)*(?=: )", str(error))
         if begin is None or not set(begin[0].split(", ")) & set(case.blamed):
-            raise Wrong(f"{text}\nblamed {case.blamed}, raised {type(error).__name__}: {error}") from error
+            raise WrongError(f"{text}\nblamed {case.blamed}, raised {type(error).__name__}: {error}") from error
         _same([*case.inputs, *case.targets], text)
         return "refused"
     if case.blamed:
-        raise Wrong(f"{text}\nexpected an error that blames {case.blamed}")
+        raise WrongError(f"{text}\nexpected an error that blames {case.blamed}")
     with np.errstate(all="ignore"):
         _judge(case, results, text)
     _same(case.inputs, text)
     for placed in case.targets:
         if not placed.unchanged_around():
-            raise Wrong(f"{text}\nwrote beside an output")
+            raise WrongError(f"{text}\nwrote beside an output")
     if not case.targets and rnd.random() < 0.1:
         with guarded_outputs():
             again = _flat(case.function(**case.arguments))
         for result, first, second in zip(case.results, _flat(results), again, strict=True):
             if np.ascontiguousarray(first).tobytes() != np.ascontiguousarray(second).tobytes():
-                raise Wrong(f"{text}\n{result.name}: other bits at the second call\n{first}\n{second}")
+                raise WrongError(f"{text}\n{result.name}: other bits at the second call\n{first}\n{second}")
     return "right"
 
 
 def _judge(case: Case, results: Any, text: str) -> None:
     flat = _flat(results)
     if len(flat) != len(case.results):
-        raise Wrong(f"{text}\nexpected {[r.name for r in case.results]}, got {len(flat)} results")
+        raise WrongError(f"{text}\nexpected {[r.name for r in case.results]}, got {len(flat)} results")
     if "out" in case.arguments and flat[0] is not case.arguments["out"]:
-        raise Wrong(f"{text}\nexpected out itself")
+        raise WrongError(f"{text}\nexpected out itself")
     for result, ours in [*zip(case.results, flat, strict=True), *((r, a) for a, r in case.moved)]:
         complaint = result.complaint(ours)
         if complaint is not None:
-            raise Wrong(f"{text}\n{complaint}")
+            raise WrongError(f"{text}\n{complaint}")
 
 
 def _same(watched: list[Placed], text: str) -> None:
     for placed in watched:
         if not placed.unchanged():
-            raise Wrong(f"{text}\nchanged memory of an input, or an output of a call that failed")
+            raise WrongError(f"{text}\nchanged memory of an input, or an output of a call that failed")
 
 
 def make_arena() -> Arena:

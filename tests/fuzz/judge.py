@@ -178,8 +178,10 @@ class Result:
 
 
 BASE = {np.dtype(np.float32): 4e-6, np.dtype(np.float64): 2e-11}
-"""How far a result may be off, as a share of the largest term that it is made of, by the dtype of the sums: twice
-FLOAT32_HARD of `tolerances`, twenty times FLOAT64, for a few elements' largest term is not far above the typical one."""
+"""How far a result may be off, as a share of the largest term that it is made of, by the dtype of the sums.
+
+Twice FLOAT32_HARD of `tolerances`, twenty times FLOAT64: a few elements' largest term is not far above the typical one.
+"""
 
 MEAN_BITS = {np.dtype(np.float32): 2.0**-45, np.dtype(np.float64): 2.0**-50}
 """How far a mean is off, as a share of the largest element: kept in two float32 (48 bits), or in one float64."""
@@ -303,7 +305,9 @@ class Judge:
         slack = 4 * self.slack()
         allowed = self.rstd * self.base * (np.abs(g) + sum_g + (1 + np.abs(h)) * (sum_gh + sum_g))
         allowed = allowed + self.rstd * slack * (sum_gh + (1 + np.abs(h)) * sum_g)
-        allowed = allowed + 4 * LEAST[self.lane] * (1 + self.rstd) * (1 + np.abs(h)) * (1 if w is None else 1 + np.abs(w))
+        allowed = allowed + 4 * LEAST[self.lane] * (1 + self.rstd) * (1 + np.abs(h)) * (
+            1 if w is None else 1 + np.abs(w)
+        )
         limit = RANGE[self.lane]
         judged = np.abs(dx) < limit
         for part in (g, d, h, g * h) if fixed else (self.x, g, d, h, d * h, g * h, self.rstd, 1 / self.rstd):

@@ -1,9 +1,9 @@
 """Make calls drawn by chance, right ones and wrong ones, and judge each: `python tests/fuzz/run.py --calls 100000`.
 
-Call number i of a seed is the same on every machine with the same NumPy: a failure names seed and number, and
-`--only NUMBER` makes that call again. The calls run in a process of their own, so that a crash is told like any other
-failure. Every call must give what `judge.py` works out, or raise the documented error; no input changes, and nothing
-is written beside an output.
+Call number i of a seed is the same on every machine with the same NumPy: a failure names seed and number, and `--only
+NUMBER` makes that call again. The calls run in a process of their own, so that a crash is told like any other failure.
+With NUMBA_DISABLE_JIT=1 the kernels run as plain Python, which checks every index. Every call must give what
+`judge.py` works out, or raise the documented error; no input changes, and nothing is written beside an output.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ import warnings
 from pathlib import Path
 from random import Random
 
+import numba
+
+import numbanorm as nn
+
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 MOST_FAILURES = 10
@@ -35,16 +39,27 @@ def options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="which calls to make")
     parser.add_argument("--first", type=int, default=0, help="number of the first call")
     parser.add_argument("--only", type=int, help="make this one call alone, in this process")
+    parser.add_argument("--here", action="store_true", help="make the calls in this process")
     parser.add_argument("--few-dtypes", action="store_true", help="seven dtypes of thirteen: less to compile")
+    parser.add_argument(
+        "--shrunk", action="store_true", help="with NUMBA_DISABLE_JIT=1: chunks, tiles, blocks are small"
+    )
     parser.add_argument("--progress", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def work(given: argparse.Namespace) -> int:
     """Make the calls; return how many went wrong."""
-    from cases import ALL_DTYPES, FEW_DTYPES
-    from check import Wrong, check, draw, make_arena
+    from check import WrongError, check, draw, make_arena
+    from draws import ALL_DTYPES, FEW_DTYPES
 
+    if numba.config.DISABLE_JIT:
+        import interpreter
+
+        interpreter.install()
+        if given.shrunk:
+            interpreter.shrink()
+            nn.set_num_threads(min(2, numba.config.NUMBA_NUM_THREADS))
     faulthandler.enable()
     warnings.simplefilter("error")
     arena = make_arena()
@@ -68,7 +83,7 @@ def work(given: argparse.Namespace) -> int:
             told[f"{case.name} {check(case, rnd)}"] += 1
         except Exception as error:
             failures += 1
-            if not isinstance(error, Wrong) or given.only is not None:
+            if not isinstance(error, WrongError) or given.only is not None:
                 traceback.print_exc()
             print(f"call {number} of seed {given.seed}: {error}\n", flush=True)
             if failures == MOST_FAILURES:
@@ -84,7 +99,7 @@ def work(given: argparse.Namespace) -> int:
 
 def main() -> int:
     given = options()
-    if given.only is not None or given.progress:
+    if given.only is not None or given.progress or given.here:
         return min(work(given), 1)
     descriptor, progress = tempfile.mkstemp()
     try:

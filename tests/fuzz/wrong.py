@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
-from cases import Case, native
+from draws import Case, native
 
 Spoil = Callable[[Random, Any], Any]
 
@@ -69,7 +69,7 @@ def _spoil_output(r: Random, case: Case, out: np.ndarray) -> tuple[Any, tuple[st
     shape, dtype = out.shape, out.dtype
     kinds: list[Callable[[], Any]] = [
         lambda: np.ones((*shape, 1), dtype),
-        lambda: np.ones(shape[:-1] + (shape[-1] + 1,), dtype),
+        lambda: np.ones((*shape[:-1], shape[-1] + 1), dtype),
         lambda: np.ones(shape, r.choice([kind for kind in ("f2", "f4", "f8", "i4", "c8") if np.dtype(kind) != dtype])),
         lambda: np.ones(shape, object),
         lambda: np.ma.masked_array(np.ones(shape, dtype)),
@@ -91,9 +91,9 @@ def _spoil_output(r: Random, case: Case, out: np.ndarray) -> tuple[Any, tuple[st
             if all(n == 1 for n in shape[1:-1]):
                 kinds.append(lambda: np.lib.stride_tricks.as_strided(room, shape, sliding))
     x = case.arguments["x"]
-    if isinstance(x, np.ndarray) and x.size > 1 and x.dtype == dtype and x.dtype.isnative and x.flags.c_contiguous:
-        if x.flags.aligned and x.flags.writeable and max(shape) > 1:
-            kinds.append(lambda: x[tuple(slice(None, None, -1) for _ in shape)])
+    turned = isinstance(x, np.ndarray) and x.size > 1 and x.dtype == dtype and x.dtype.isnative
+    if turned and x.flags.carray and max(shape) > 1:
+        kinds.append(lambda: x[tuple(slice(None, None, -1) for _ in shape)])
     return r.choice(kinds)(), ("out",)
 
 

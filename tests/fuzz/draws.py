@@ -9,8 +9,8 @@ from random import Random
 from typing import Any
 
 import numpy as np
+from guarded import Arena, Placed, Shape, strides_of
 from judge import BFLOAT16, FLOATS, Judge, Result, View, axes_view, channel_view, lane, result_dtype
-from memory import Arena, Placed, Shape, strides_of
 from reference import LONG, moments
 
 import numbanorm as nn
@@ -67,12 +67,11 @@ class Case:
 def _shown(value: Any) -> str:
     if isinstance(value, np.ndarray):
         flags = "".join(
-            letter
-            for letter, on in (("r", not value.flags.writeable), ("m", not value.flags.aligned))
-            if on
+            letter for letter, on in (("r", not value.flags.writeable), ("m", not value.flags.aligned)) if on
         )
         kind = "" if type(value) is np.ndarray else f"{type(value).__name__}:"
-        return f"<{kind}{value.dtype.str if value.dtype != BFLOAT16 else 'bf16'}{value.shape} strides {value.strides} {flags}>"
+        dtype = "bf16" if value.dtype == BFLOAT16 else value.dtype.str
+        return f"<{kind}{dtype}{value.shape} strides {value.strides} {flags}>"
     text = repr(value)
     return text if len(text) < 60 else f"{text[:60]}..."
 
@@ -112,8 +111,9 @@ def values_of(rnd: Random, gen: np.random.Generator, dtype: np.dtype[Any], lengt
         info = np.iinfo(dtype)
         low, high = (info.min, info.max) if rnd.random() < 0.3 else (max(info.min, -20), 20)
         return gen.integers(low, high, lengths, dtype, endpoint=True)
-    half = dtype.itemsize == 2
-    kind = rnd.choice(("normal", "normal", "normal", "shifted", "shifted", "constant", "few", "huge", "tiny", "bits", "bad"))
+    kind = rnd.choice(
+        ("normal", "normal", "normal", "shifted", "shifted", "constant", "few", "huge", "tiny", "bits", "bad")
+    )
     plain = gen.standard_normal(lengths)
     if kind == "shifted":
         most = {2: 1.5, 4: 6, 8: 9}[dtype.itemsize]
@@ -145,7 +145,6 @@ def values_of(rnd: Random, gen: np.random.Generator, dtype: np.dtype[Any], lengt
             bits = table.get(dtype, wide[which])
             sign = rnd.choice((0, 1)) << (8 * dtype.itemsize - 1)
             flat[rnd.randrange(flat.size)] = bits | sign
-    del half
     return out
 
 
@@ -196,7 +195,9 @@ class Maker:
         strides = strides_of(rnd, lengths, dtype.itemsize, shared=not target)
         how = Shape.of(lengths, strides, dtype.itemsize)
         if how.span > self.arena.size // 2:
-            how = Shape.of(lengths, tuple(dtype.itemsize * prod(lengths[a + 1 :]) for a in range(len(lengths))), dtype.itemsize)
+            how = Shape.of(
+                lengths, tuple(dtype.itemsize * prod(lengths[a + 1 :]) for a in range(len(lengths))), dtype.itemsize
+            )
         placed = self.arena.place(rnd, dtype, how, odd=self.chance(0.08))
         with np.errstate(all="ignore"):
             placed.array[...] = values
@@ -330,13 +331,10 @@ class Maker:
         bias = self.parameter(shape) if centred else None
         residual = self.input(x.dtype.newbyteorder("="), x.shape) if self.chance(0.25) else None
         dtype = result_dtype(x.dtype)
-        given = x
         source = native(x)
         if residual is not None:
             with np.errstate(all="ignore"):
                 source = np.add(source.astype(dtype), native(residual).astype(dtype))
-            if x.dtype.kind in "iu":
-                given = source
         judge = Judge(source, x.dtype, view, native_mask(mask))
         judge.settle(_eps(eps, dtype))
         results = [judge.forward(native(weight), native(bias))]
@@ -344,9 +342,15 @@ class Maker:
         results += judge.statistics() if stats else []
         if residual is not None:
             results.append(Result("total", source.astype(LONG), dtype))
-        del given
         out = self.out(dtype, x, residual)
-        arguments = {"x": self.wrapped(x) if out is not x else x, **options, "weight": weight, "bias": bias, "eps": eps, "mask": mask}
+        arguments = {
+            "x": self.wrapped(x) if out is not x else x,
+            **options,
+            "weight": weight,
+            "bias": bias,
+            "eps": eps,
+            "mask": mask,
+        }
         arguments |= {"residual": residual, "out": out, "return_stats": stats}
         return self.case(nn.layer_norm if centred else nn.rms_norm, f"{norm}_norm", arguments, results)
 
@@ -386,10 +390,19 @@ class Maker:
         if not training and stats:
             results[1:] = [
                 Result("mean", native(mean).astype(LONG), np.dtype(np.float64)),
-                Result("rstd", judge.rstd.reshape(shape), np.dtype(np.float64), 1e-15 * np.abs(judge.rstd.reshape(shape))),
+                Result(
+                    "rstd", judge.rstd.reshape(shape), np.dtype(np.float64), 1e-15 * np.abs(judge.rstd.reshape(shape))
+                ),
             ]
         out = self.out(result_dtype(x.dtype), x)
-        arguments = {"x": self.wrapped(x) if out is not x else x, **options, "weight": weight, "bias": bias, "eps": eps, "mask": mask}
+        arguments = {
+            "x": self.wrapped(x) if out is not x else x,
+            **options,
+            "weight": weight,
+            "bias": bias,
+            "eps": eps,
+            "mask": mask,
+        }
         arguments |= {"out": out, "return_stats": stats}
         case = self.case(getattr(nn, function), function, arguments, results)
         case.moved = [(options[result.name], result) for result in moved]
@@ -399,7 +412,11 @@ class Maker:
 
     def gradient(self, x: np.ndarray) -> np.ndarray:
         dtype = result_dtype(x.dtype) if self.chance(0.8) else self.rnd.choice(sorted(FLOATS, key=str))
-        return self.input(dtype, x.shape) if self.chance(0.2) else self.place(dtype, x.shape, self.gen.standard_normal(x.shape))
+        return (
+            self.input(dtype, x.shape)
+            if self.chance(0.2)
+            else self.place(dtype, x.shape, self.gen.standard_normal(x.shape))
+        )
 
     def backward(
         self, norm: str, x: np.ndarray, view: View, options: dict[str, Any], weight: Any, mask: Any, eps: Any
@@ -468,7 +485,11 @@ class Maker:
         deviation = np.sqrt(np.where(sane & (count > 0), var, 0))
         slack = judge.bits * largest
         number = np.dtype(np.float64)
-        shown = count if any(mask is not None for mask in masks) else np.asarray(count.max(initial=2 * prod(lengths[a] for a in axes)))
+        shown = (
+            count
+            if any(mask is not None for mask in masks)
+            else np.asarray(count.max(initial=2 * prod(lengths[a] for a in axes)))
+        )
         if not any(mask is not None for mask in masks):
             shown = np.asarray(2 * prod(lengths[a] for a in axes))
         results = [
@@ -519,14 +540,22 @@ class Maker:
         back = getattr(nn, f"{kind}_norm_backward")
         more = {"training": True} if kind == "batch" else {}
         case = self.case(function, f"{type(layer).__name__} object", {"x": x, "dy": dy, "mask": mask}, [])
-        count = x.size // shape[0] if kind == "batch" else x.size // shape[0] // x.shape[0 if options.get("channel_axis", 1) % x.ndim else 1] if kind == "instance" else 2
+        count = (
+            x.size // shape[0]
+            if kind == "batch"
+            else x.size // shape[0] // x.shape[0 if options.get("channel_axis", 1) % x.ndim else 1]
+            if kind == "instance"
+            else 2
+        )
         if count == 1:
             case.blamed = ("x",)
             return case
         y, *stats = forward(x, **options, **more, **parameters, eps=eps, return_stats=True)
         named = dict(zip(("mean", "rstd") if kind != "rms" else ("rstd",), stats, strict=True))
         theirs = (y, *back(dy, x, **options, **named, weight=weight))
-        case.results = [Result(name, a, a.dtype) for name, a in zip(("y", "dx", "dweight", "dbias"), theirs, strict=False)]
+        case.results = [
+            Result(name, a, a.dtype) for name, a in zip(("y", "dx", "dweight", "dbias"), theirs, strict=False)
+        ]
         return case
 
 

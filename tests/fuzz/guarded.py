@@ -130,33 +130,37 @@ class Placed:
         The array.
     region : Region
         Where it lies.
+    window : np.ndarray
+        Its bytes, and those on either side that are watched.
+    below : int
+        How many of these lie below it.
     """
 
     def __init__(self, region: Region, low: int, high: int, array: np.ndarray) -> None:
         self.region = region
         self.array = array
-        self._window = region.bytes[max(0, low - MARGIN) : high + MARGIN]
-        self._low = low - max(0, low - MARGIN)
-        self._before = self._window.tobytes()
+        self.window = region.bytes[max(0, low - MARGIN) : high + MARGIN]
+        self.below = low - max(0, low - MARGIN)
+        self._before = self.window.tobytes()
 
     def watch(self) -> None:
         """Take the bytes as they are now for those that must stay."""
-        self._before = self._window.tobytes()
+        self._before = self.window.tobytes()
 
     def unchanged(self) -> bool:
         """Tell whether every byte is as it was."""
-        return self._window.tobytes() == self._before
+        return self.window.tobytes() == self._before
 
     def unchanged_around(self) -> bool:
         """Tell whether every byte that is not of an element is as it was."""
-        own = np.zeros(self._window.size, np.uint8)
+        own = np.zeros(self.window.size, np.uint8)
         array = self.array
         if array.size:
-            first = _address(array) - _address(self._window)
+            first = _address(array) - _address(self.window)
             shadow: np.ndarray = np.ndarray(array.shape, f"V{array.itemsize}", own, first, array.strides)
             shadow[...] = np.frombuffer(b"\1" * array.itemsize, f"V{array.itemsize}")[0]
         before = np.frombuffer(self._before, np.uint8)
-        return bool(((before == self._window) | (own == 1)).all())
+        return bool(((before == self.window) | (own == 1)).all())
 
 
 class Arena:
@@ -217,7 +221,7 @@ def guarded_empty(shape: Any, dtype: Any = float) -> np.ndarray:
     """Return what `numpy.empty` returns: every byte 255 (floats are NaN), the end next to a guard page."""
     kind = np.dtype(dtype)
     lengths = (int(shape),) if isinstance(shape, (int, np.integer)) else tuple(shape)
-    size = prod(lengths) * kind.itemsize
+    size = int(prod(lengths)) * kind.itemsize
     region = Region(max(size, 1))
     region.bytes[:] = 255
     start = region.bytes.size - size

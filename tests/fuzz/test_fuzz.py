@@ -1,0 +1,154 @@
+"""Thousands of calls drawn by chance, compiled and interpreted; and that the fuzzer sees what it looks for."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+from check import WrongError, check, draw, make_arena
+from draws import FEW_DTYPES, Case
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from processes import environment
+
+ARENA = make_arena()
+
+
+def fuzz(*options: str, **own: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("run.py")), *options],
+        env=environment(**own),
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def fuzz_well(calls: int, *options: str, **own: str) -> None:
+    status, text = fuzz("--calls", str(calls), *options, **own)
+    assert status == 0, text[-5000:]
+    counted = re.search(r"(\d+) calls passed in .*: (\d+) right", text)
+    assert counted, text[-1000:]
+    assert int(counted[1]) == calls
+    assert int(counted[2]) > calls // 2
+
+
+@pytest.mark.slow
+def test_compiled() -> None:
+    """`run.py --calls 100000` makes more, of all dtypes."""
+    fuzz_well(4000, "--few-dtypes")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(), ("--shrunk",)])
+def test_interpreted(options: tuple[str, ...]) -> None:
+    """The kernels as plain Python, which checks every index; shrunk, so that little arrays take all ways."""
+    fuzz_well(2000, "--seed", "1", *options, NUMBA_DISABLE_JIT="1", NUMBA_NUM_THREADS="2")
+
+
+@settings(max_examples=200, suppress_health_check=list(HealthCheck))
+@given(st.randoms(use_true_random=False))
+def test_hypothesis(rnd: Random) -> None:
+    """The same calls, drawn by hypothesis: it finds the simplest that fails."""
+    check(draw(rnd, ARENA, FEW_DTYPES), rnd)
+
+
+def small(number: int = 0) -> Case:
+    """Return a call with an output of its own: of `number`, the first one and those that follow."""
+    while True:
+        case = draw(Random(number), ARENA, [np.dtype(np.float32)])
+        out = case.arguments.get("out")
+        if case.name == "layer_norm" and not case.blamed and isinstance(out, np.ndarray) and out.size > 1:
+            x = case.arguments["x"]
+            if isinstance(x, np.ndarray) and x is not out and not np.shares_memory(x, out) and np.isfinite(x).all():
+                return case
+        number += 1
+
+
+def off(case: Case, results: Any) -> None:
+    case.arguments["out"].flat[0] += np.float32(0.01)
+
+
+def beside(case: Case, results: Any) -> None:
+    out = case.arguments["out"]
+    (target,) = (placed for placed in case.targets if placed.array is out)
+    target.window[0 if target.below else -1] ^= 1
+
+
+def changed(case: Case, results: Any) -> None:
+    x = case.arguments["x"]
+    x.setflags(write=True)
+    x.flat[0] += 1
+
+
+def raised(case: Case, results: Any) -> None:
+    raise KeyError("no such thing")
+
+
+def others(case: Case, results: Any) -> None:
+    case.results.append(case.results[0])
+
+
+class TestTheFuzzerSees:
+    @pytest.mark.parametrize(
+        ("harm", "message"),
+        [
+            (off, "elements are off"),
+            (beside, "wrote beside an output"),
+            (changed, "changed memory of an input"),
+            (raised, "raised KeyError"),
+            (others, "expected .* results"),
+        ],
+    )
+    def test_harm(self, harm: Callable[[Case, Any], None], message: str) -> None:
+        case = small()
+        function = case.function
+
+        def harmful(**arguments: Any) -> Any:
+            results = function(**arguments)
+            harm(case, results)
+            return results
+
+        case.function = harmful
+        with pytest.raises(WrongError, match=message):
+            check(case, Random(2))  # which seals no input: `changed` must come to its end
+
+    def test_silence(self) -> None:
+        """What is wrong must not pass, and another argument must not take the blame."""
+        case = small()
+        case.blamed = ("mask",)
+        with pytest.raises(WrongError, match="expected an error that blames"):
+            check(case, Random(2))
+        case = small()
+        case.blamed = ("mask",)
+        case.arguments["eps"] = -1.0
+        with pytest.raises(WrongError, match="raised ValueError: eps"):
+            check(case, Random(2))
+
+    @pytest.mark.parametrize("where", ["array[-1:]", "array[:1]"])
+    def test_touched_pages(self, where: str) -> None:
+        """A read of a guarded page, and a write to a sealed one, end the process; `run.py` names the call."""
+        beyond = "np.lib.stride_tricks.as_strided(region.bytes, (region.bytes.size + 1,), (1,))[-1]"
+        code = f"""
+import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]
+import numpy as np
+from guarded import Region
+region = Region(100)
+region.bytes[:] = 1
+region.seal()
+print(int(region.bytes.sum()) // region.bytes.size, flush=True)
+{"region.bytes[0] = 2" if where == "array[:1]" else beyond}
+print("still here")
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode != 0
+        assert done.stdout.split() == ["1"]

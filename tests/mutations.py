@@ -1,0 +1,69 @@
+"""Kernels with one thing wrong: the fuzzer must see each. `python tests/mutations.py` takes about two minutes.
+
+Each mutation is one edit of one file in a copy of the package; the fuzzer then calls the kernels as plain Python, first
+as they are, then with small chunks and tiles. A mutation whose text is no longer found is an error: take another place.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+MUTATIONS = [
+    ("cpu/welford.py", "share = count_b / count", "share = count_a / count"),
+    ("cpu/welford.py", "delta * delta * count_a * share", "delta * delta * count_b * share"),
+    ("cpu/welford.py", "np.sqrt(variance + eps)", "np.sqrt(variance + eps * 1.001)"),
+    ("cpu/welford.py", "TINY = 1e-30", "TINY = -1.0"),
+    ("cpu/rows.py", "FLOAT32_SAFE = 1e30", "FLOAT32_SAFE = 1e45"),
+    ("cpu/rows.py", "pivot + sum_of_lanes(s) / n", "pivot + sum_of_lanes(s) / (n + 1)"),
+    ("cpu/rows.py", "channel = (flat + done) // g.inner % g.size", "channel = flat // g.inner % g.size"),
+    ("cpu/columns.py", "_EXACT = 0, 3 * TILE, 6 * TILE, 9 * TILE", "_EXACT = 0, 3 * TILE, 6 * TILE, 8 * TILE"),
+    ("cpu/columns.py", "params[_LO + i] = mean - np.float64(hi)", "params[_LO + i] = 0.0"),
+    ("cpu/columns.py", "fused(dd, dd, fused(dc, dc", "fused(dc, dd, fused(dc, dc"),
+    ("cpu/rows_backward.py", "return total * (1.0 / count)", "return total * (1.0 / (count + 1.0))"),
+    ("cpu/columns_backward.py", "gradients[0, channel] += total[TILE + i]", "gradients[0, channel] = total[TILE + i]"),
+    (
+        "cpu/launch.py",
+        'g["chunks"] = -(-r0 // g["chunk_runs"]) * g["across"]',
+        'g["chunks"] = r0 // g["chunk_runs"] * g["across"]',
+    ),
+]
+
+
+def caught(site: Path) -> bool:
+    """Tell whether a round of the fuzzer fails on the package in a folder."""
+    environment = os.environ | {"PYTHONPATH": str(site), "NUMBA_DISABLE_JIT": "1", "NUMBA_NUM_THREADS": "2"}
+    for options in ((), ("--shrunk",)):
+        run = [sys.executable, str(HERE / "fuzz" / "run.py"), "--calls", "2000", "--few-dtypes", *options]
+        if subprocess.run(run, env=environment, capture_output=True, check=False).returncode != 0:
+            return True
+    return False
+
+
+def main() -> int:
+    missed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        site = Path(folder)
+        package = shutil.copytree(HERE.parent / "numbanorm", site / "numbanorm")
+        assert not caught(site), "the fuzzer fails on the package as it is"
+        for name, old, new in MUTATIONS:
+            path = Path(package) / name
+            text = path.read_text()
+            assert text.count(old) >= 1, f"{name} has no {old!r}"
+            path.write_text(text.replace(old, new))
+            seen = caught(site)
+            path.write_text(text)
+            missed += not seen
+            print(f"{'caught' if seen else 'MISSED'}: {name}: {old} -> {new}", flush=True)
+    print(f"{len(MUTATIONS) - missed} of {len(MUTATIONS)} mutations were caught")
+    return min(missed, 1)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
