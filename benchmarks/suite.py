@@ -34,7 +34,7 @@ COMPARED = r"\.time_"
 """What `compare` compares: only of these asv keeps every sample, and so can tell noise from a change."""
 
 FACTOR = 1.25
-"""By how much slower fails a comparison. In copies, an unchanged commit's medians were seen to differ by 1.1."""
+"""By how much slower fails a comparison. After one round on a busy machine, no change was seen as up to 1.19."""
 
 SLOWER = re.compile(r"^\| [+!] .*\| (\S.*?) +\|$", re.MULTILINE)
 """A row of asv's table about a benchmark that became slower, or began to fail."""
@@ -164,7 +164,7 @@ def continuous(conf: Path, options: argparse.Namespace, bench: str, wanted: list
     arguments = ["continuous", "--factor", str(options.factor), "--interleave-rounds", "-a", f"rounds={options.rounds}"]
     arguments += ["--show-stderr", "--bench", bench, *wanted]
     print("$ NUMBANORM_BENCH_IN_COPIES=1 asv", shlex.join(arguments), flush=True)
-    print('Before and After are times of np.copyto of the same array, though asv writes "s" for seconds.', flush=True)
+    print("Figures are in times of np.copyto of the same array; asv prints them as seconds.", flush=True)
     environment = os.environ | {"NUMBANORM_BENCH_IN_COPIES": "1"}
     lines = []
     with subprocess.Popen(
