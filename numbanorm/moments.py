@@ -217,9 +217,11 @@ def _two_sum(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _precise(x: Any, axis: tuple[int, ...] | None, mask: Any) -> _Parts:
     """Return (count, mean, M2, low) of one array."""
+    if uses_dask(x):
+        return dask_calls().computed(x, axis, mask)  # type: ignore[no-any-return]
     count, mean, m2 = _moments(x, axis, mask)
     low = np.zeros_like(mean)
-    if not 1 < count.max(initial=0) <= _FEW or uses_dask(x) or (type(x) is not np.ndarray and uses_cuda(x)):
+    if not 1 < count.max(initial=0) <= _FEW or (type(x) is not np.ndarray and uses_cuda(x)):
         return count, mean, m2, low
     source, form = arrays.as_input(x, "x")
     if form.lane != np.float64:
@@ -262,8 +264,6 @@ def _moments(x: Any, axis: tuple[int, ...] | None, mask: Any) -> tuple[np.ndarra
     if type(x) is not np.ndarray and uses_cuda(x):
         layout, stats, whole = cuda_module("calls").statistics(x, axis, mask)
         return _of_rows(layout, stats, whole)
-    if uses_dask(x):
-        return dask_calls().computed(x, axis, mask)  # type: ignore[no-any-return]
     source, _ = arrays.as_input(x, "x")
     if source.ndim == 0:
         source = source.reshape(1)
