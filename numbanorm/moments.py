@@ -270,7 +270,12 @@ def _moments(x: Any, axis: tuple[int, ...] | None, mask: Any) -> tuple[np.ndarra
     counted = None if mask is None else arrays.as_mask(mask, source.shape)
     axes = tuple(range(source.ndim)) if axis is None else axis
     strides = None if counted is None else counted.strides
-    work = plan("layer", (1, None, axes), source.shape, (source.strides, source.itemsize), None, strides)
+    place = (source.strides, source.itemsize)
+    work = plan("layer", (1, None, axes), source.shape, place, None, strides)
+    if work.x is None:  # rows would be gathered in a copy; a single axis that stays is read in place as channels
+        kept = [a for a in range(source.ndim) if a not in work.layout.reduced_axes]
+        if len(kept) == 1:
+            work = plan("batch", (kept[0], None, None), source.shape, place, None, strides)
     layout = work.layout
     if source.size == 0:
         stats = np.zeros((4, layout.groups))
