@@ -217,9 +217,11 @@ def _two_sum(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _precise(x: Any, axis: tuple[int, ...] | None, mask: Any) -> _Parts:
     """Return (count, mean, M2, low) of one array."""
+    if uses_dask(x):
+        return dask_calls().computed(x, axis, mask)  # type: ignore[no-any-return]
     count, mean, m2 = _moments(x, axis, mask)
     low = np.zeros_like(mean)
-    if not 1 < count.max(initial=0) <= _FEW or uses_dask(x) or (type(x) is not np.ndarray and uses_cuda(x)):
+    if not 1 < count.max(initial=0) <= _FEW or (type(x) is not np.ndarray and uses_cuda(x)):
         return count, mean, m2, low
     source, form = arrays.as_input(x, "x")
     if form.lane != np.float64:
@@ -262,15 +264,18 @@ def _moments(x: Any, axis: tuple[int, ...] | None, mask: Any) -> tuple[np.ndarra
     if type(x) is not np.ndarray and uses_cuda(x):
         layout, stats, whole = cuda_module("calls").statistics(x, axis, mask)
         return _of_rows(layout, stats, whole)
-    if uses_dask(x):
-        return dask_calls().computed(x, axis, mask)  # type: ignore[no-any-return]
     source, _ = arrays.as_input(x, "x")
     if source.ndim == 0:
         source = source.reshape(1)
     counted = None if mask is None else arrays.as_mask(mask, source.shape)
     axes = tuple(range(source.ndim)) if axis is None else axis
     strides = None if counted is None else counted.strides
-    work = plan("layer", (1, None, axes), source.shape, (source.strides, source.itemsize), None, strides)
+    place = (source.strides, source.itemsize)
+    work = plan("layer", (1, None, axes), source.shape, place, None, strides)
+    if work.x is None:  # rows would be gathered in a copy; a single axis that stays is read in place as channels
+        kept = [a for a in range(source.ndim) if a not in work.layout.reduced_axes]
+        if len(kept) == 1:
+            work = plan("batch", (kept[0], None, None), source.shape, place, None, strides)
     layout = work.layout
     if source.size == 0:
         stats = np.zeros((4, layout.groups))

@@ -172,8 +172,7 @@ def row_sums(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any = None, *, axis:
         The sums.
     """
     rows = _Rows(dy, x, mean, rstd, weight, axis, None)
-    first, second = rows.piece.sums(rows.weight)
-    return rows.outer(first), rows.outer(second)
+    return rows.sums()
 
 
 def row_gradient(
@@ -285,11 +284,14 @@ class _Rows:
         last = tuple(range(-len(self._axis), 0))
         return np.ascontiguousarray(np.moveaxis(array, self._axis, last)).reshape(self._rows)
 
+    def sums(self) -> tuple[np.ndarray, np.ndarray]:
+        one = self.weight is not None and self.weight.size == 1  # which the kernel takes for that of a channel
+        first, second = self.piece.sums(None if one else self.weight)
+        factor = np.float64(self.weight[0]) if one and self.weight is not None else 1.0
+        return (first * factor).reshape(self._outer), (second * factor).reshape(self._outer)
+
     def inner(self, statistic: Any) -> np.ndarray:
         return np.asarray(statistic).reshape(-1, 1)
-
-    def outer(self, sums: np.ndarray) -> np.ndarray:
-        return sums.reshape(self._outer)
 
     def whole(self, dx: np.ndarray) -> np.ndarray:
         last = tuple(range(-len(self._axis), 0))
@@ -312,10 +314,9 @@ def _by_sample(
     """Cut a piece into samples where the columns kernel would have to take several at once, which it cannot here."""
     if np.ndim(mean) != 2 or np.shape(mean)[0] < 2:
         return None
-    source, _ = arrays.as_input(x, "x")
-    work = plan("instance", (channel_axis, None, None), source.shape, (source.strides, source.itemsize))
-    if not work.columns:
+    if not _Piece("instance", (channel_axis, None, None), dy, x, mean, rstd, mask).plan.columns:
         return None
+    source, _ = arrays.as_input(x, "x")
     axis = _sample_axis(channel_axis, source.ndim)
     n = source.shape[axis]
     cut = [np.split(arrays.as_array(a, "dy"), n, axis) for a in (source, dy)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -332,3 +333,15 @@ def test_errors_come_with_the_call(wrong: tuple[Callable[[], Any], type[Exceptio
     call, error, message = wrong
     with pytest.raises(error, match=message):
         call()
+
+
+def test_statistics_make_no_temporary_of_a_chunk() -> None:
+    x = normal(0, (512, 64, 16, 16), np.float32)
+    lazy = da.from_array(x, chunks=(128, -1, -1, -1))  # of 8 MB
+    nn.Moments.of(lazy, (0, 2, 3))
+    tracemalloc.start()
+    nn.BatchNorm(64).fit(lazy)
+    nn.batch_norm(lazy, np.zeros(64), np.ones(64), training=True)  # its statistics are taken at once
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20

@@ -21,6 +21,7 @@ from tolerances import FLOAT32, FLOAT64
 
 import numbanorm as nn
 from numbanorm import files, stores
+from numbanorm import threads as kernel_threads
 from numbanorm.cli import cli
 
 NORMS = ("batch", "layer", "instance", "group", "rms")
@@ -531,3 +532,17 @@ class TestCommands:
         assert result.output.count("\n") == 1
         assert complaint in result.output
         assert not Path("y.npy").exists()
+
+
+def test_kernels_use_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others read and write."""
+    seen: list[int] = []
+    usable = kernel_threads.usable_threads
+    monkeypatch.setattr("numbanorm.cpu.usable_threads", lambda: seen.append(usable()) or seen[-1])
+    monkeypatch.setattr(kernel_threads, "get_num_threads", lambda: 2)
+    np.save(tmp_path / "x.npy", normal(0, (512, 600), np.float32))  # large enough for threads
+    for norm in ("layer", "batch"):
+        files.apply(tmp_path / "x.npy", tmp_path / "y.npy", norm)
+    files.stats(tmp_path / "x.npy")
+    assert set(seen) == {1}
+    assert usable() == 2

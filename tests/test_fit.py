@@ -196,7 +196,11 @@ class TestSources:
 
 @pytest.mark.slow
 def test_a_file_beyond_the_limit_of_memory(tmp_path: Path) -> None:
-    """400 MB of a sparse file, with a resident set that stays 60 MB below that."""
+    """400 MB of a sparse file grow the process by its blocks of 8 MB, and no more.
+
+    A block takes the parallel kernel, a small array the serial one: the first call here is as large as a block, or
+    the compiler's memory (55 MB, if the cache on disk has no kernel) would count.
+    """
     code = f"""
 import re
 import numpy as np
@@ -204,7 +208,7 @@ import numbanorm as nn
 x = np.lib.format.open_memmap({str(tmp_path / "x.npy")!r}, "w+", np.float32, (1_600_000, 64))
 x[-1] = 1_600_000
 del x
-nn.BatchNorm(64).fit(np.ones((2000, 64), np.float32))
+nn.BatchNorm(64).fit(np.ones((40_000, 64), np.float32))
 open("/proc/self/clear_refs", "w").write("5")
 status = lambda name: int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 before = status("VmRSS")
@@ -215,7 +219,7 @@ print(status("VmHWM") - before, *layer.running_mean[[0, -1]])
         pytest.skip("needs /proc/self/clear_refs")
     extra, first, last = map(float, run(code).split())
     assert first == last == pytest.approx(1.0, abs=0.002)  # 1e-6 of the standard deviation, 1265
-    assert extra < 60
+    assert extra < 30
 
 
 # --- state ----------------------------------------------------------------------------------------------------------

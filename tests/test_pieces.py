@@ -96,3 +96,32 @@ def test_layer_norm_from_pieces(norm, axis):
     close(np.concatenate([r[1] for r in results]), wanted[1], np.float64)
     if norm == "layer":
         close(np.concatenate([r[2] for r in results]), wanted[2], np.float64)
+
+
+def test_pieces_of_one_element_a_channel():
+    """Rows by the strides of x alone, columns for x and dy together: these kernels take one sample at a time."""
+    x, dy = draw((4, 6, 5, 3), 0), draw((4, 6, 5, 3), 1)
+    _, mean, rstd = nn.instance_norm(x, channel_axis=0, return_stats=True)
+    part = x[:, :, :1, :1], dy[:, :, :1, :1]
+    sums = pieces.channel_sums(*part[::-1], mean, rstd, channel_axis=0)
+    h = (part[0] - mean.T[..., None, None]) * rstd.T[..., None, None]
+    close(sums[0], part[1][..., 0, 0].T, np.float64)
+    close(sums[1], (part[1] * h)[..., 0, 0].T, np.float64)
+
+
+@pytest.mark.parametrize("rows", [1, 24])
+def test_rows_of_one_element_and_channels_of_one(rows):
+    """Weights of one element look alike to the kernels, whether along rows or of a channel."""
+    x, dy = draw((rows, 1), 0), draw((rows, 1), 1)
+    mean, rstd, mean_g, mean_gh = (draw((rows, 1), seed) for seed in (2, 3, 4, 5))
+    weight = np.array([3.0])
+    h = (x - mean) * rstd
+    for got, wanted in zip(pieces.row_sums(dy, x, mean, rstd, weight, axis=(1,)), (dy * 3, dy * 3 * h), strict=True):
+        close(got, wanted, np.float64)
+    dx, dweight, dbias = pieces.row_gradient(dy, x, mean, rstd, mean_g, mean_gh, weight, axis=(1,))
+    close(dx, rstd * (dy * 3 - mean_g - h * mean_gh), np.float64)
+    close(dweight, (dy * h).sum(0), np.float64)
+    close(dbias, dy.sum(0), np.float64)
+    statistics = mean[0], rstd[0], mean_g[0], mean_gh[0]
+    dx = pieces.channel_gradient(dy, x, *statistics, weight)
+    close(dx, rstd[0] * 3 * (dy - mean_g[0] - (x - mean[0]) * rstd[0] * mean_gh[0]), np.float64)

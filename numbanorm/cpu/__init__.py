@@ -443,7 +443,7 @@ def piece_gradient(
         table[tile, 0, :, lane] = means[:, groups].T
         _run(columns_backward.emit, threads, *arguments, table, np.zeros((2, layout.size)), geo, layout.centred)
         return np.empty(0), np.empty(0)
-    if layout.inner == 1 and layout.groups == layout.view[0]:
+    if layout.norm in ("layer", "rms"):
         dweight = np.empty(layout.size, weight.dtype)
         dbias = np.empty(layout.size if layout.centred else 0, weight.dtype)
         _run(rows_backward.emit_lanes, threads, *arguments, means, dweight, dbias, geo, layout.centred)
