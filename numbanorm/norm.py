@@ -759,6 +759,10 @@ class _Rowwise(Norm):
                 return y
         return super().__call__(x, mask=mask, residual=residual, out=out)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle holds: not the quick way, compiled code that this process alone can call."""
+        return {**self.__dict__, "_bound": None, "_last": self._remembered()}
+
     def _remembered(self) -> _Last | None:
         if type(self._last) is tuple:
             x, stats, way = self._last

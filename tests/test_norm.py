@@ -450,3 +450,45 @@ def test_running_statistics_in_float64_do_not_drift() -> None:
         layer(x)
     expected = 1e-8 * x.astype(float).mean((0, 2, 3))
     np.testing.assert_allclose(layer.running_mean, expected, 1e-7)
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms", "group"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda norm: pickle.loads(pickle.dumps(norm))])
+def test_copies_after_a_call(kind: str, copied: Callable[[Any], Any]) -> None:
+    """What a layer keeps from call to call (compiled kernels among it) does not go into copies and other processes."""
+    norm = nn.Norm(kind, *((2, 8) if kind == "group" else (8,)))
+    x = np.random.default_rng(0).standard_normal((4, 8), dtype=np.float32)
+    y = norm(x)
+    other = copied(norm)
+    dx = norm.backward(y)
+    np.testing.assert_array_equal(other.backward(y), dx)
+    np.testing.assert_array_equal(other(x), y)
+    np.testing.assert_array_equal(norm(x), y)
+
+
+def test_quick_calls_follow_the_layer() -> None:
+    """The way that a layer keeps is for one shape, dtype, weight, bias and eps: whatever changes is seen."""
+    x = np.random.default_rng(0).standard_normal((4, 8), dtype=np.float32)
+    norm = nn.LayerNorm(8)
+
+    def check(x: Any) -> None:
+        function = nn.layer_norm(x, 8, norm.weight, norm.bias, norm.eps)
+        y = norm(x)
+        assert y.dtype == function.dtype
+        np.testing.assert_array_equal(y, function)
+
+    check(x)
+    norm.weight = np.full(8, 2.0, np.float32)
+    check(x)
+    norm.bias[:] = 3.0
+    check(x)
+    norm.eps = 0.5
+    check(x)
+    check(x.astype(np.float64))
+    check(x[:2])
+    check(x[::-1])
+    with pytest.raises(ValueError, match="x: expected lengths"):
+        norm(x[:, :7])
+    norm.eps = -1.0
+    with pytest.raises(ValueError, match="eps"):
+        norm(x)
