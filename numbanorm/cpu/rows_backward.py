@@ -173,7 +173,7 @@ def _emit(dy, x, dx, mask, weight, products, p, half, g, k0, r0, k1, start, stop
     while j < stop:
         starts = (dy_start + j, x_start + j, dx_start + j, mask_start + j)
         width = stop - j
-        if g.inner == 1:
+        if g.inner == 1 or half > 0:  # of one element a row, inner tells nothing
             first = j if g.size == g.R1 else (k1 * g.R1 + j) % g.size
             width = min(width, g.size - first)
             starts_along = (*starts, first, p + j - start)
