@@ -755,7 +755,7 @@ class _Rowwise(Norm):
             if bound is not None:
                 y, stats = bound.way.forward(x, weight, bias, bound.eps)
                 if self.training:
-                    self._last = x, stats, bound.way  # what backward needs is made of it there: that takes 1 us
+                    self._last = x, stats, bound.way  # what backward needs is made of it there
                 return y
         return super().__call__(x, mask=mask, residual=residual, out=out)
 

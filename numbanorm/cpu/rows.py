@@ -262,7 +262,7 @@ def _normalize(x, y, weight, bias, g, k0, r0, k1, j, width, mean, rstd):
         a = x_start + done
         b = y_start + done
         if g.inner == 1:
-            channel = j if g.size == g.R1 else (flat + done) % g.size  # a division takes as long as 60 elements
+            channel = j if g.size == g.R1 else (flat + done) % g.size
             n = min(width - done, g.size - channel)
             _write(x, y, weight, bias, a, b, channel, n, hi, lo, gain, gain, g)
         else:
@@ -295,7 +295,7 @@ def _store_statistics(stats, groups, group, count, mean, m2, rstd):
 
 @inlined
 def _next_group(g, k0, k1):
-    """Count on: a division takes as long as 60 elements."""
+    """Count on, without a division."""
     k1 += 1
     return (k0, k1) if k1 < g.K1 else (k0 + 1, 0)
 
@@ -304,8 +304,7 @@ def _next_group(g, k0, k1):
 def _forward_unit(unit, x, residual, total, y, mask, weight, bias, stats, geometry, eps, centred):
     """Take the statistics of some groups, then write their output while they are in the cache.
 
-    One group's statistics end in a chain of divisions that takes as long as 500 elements; those of the next do not wait
-    for it, their output would.
+    One group's statistics end in a chain of divisions; those of the next do not wait for it, its own output would.
     """
     g = geometry[0]
     g_total = geometry[1]
