@@ -91,7 +91,7 @@ def batch_norm(
             if way is not None:
                 return way.apply(x, running_mean, running_var, weight, bias, eps)
         elif training and running_mean is running_var is None:
-            way = quick.find("batch", x, weight, bias, eps, None, channel_axis)
+            way = quick.find_by_channel("batch", x, weight, bias, eps, channel_axis)
             if way is not None:
                 return way.run(x, weight, bias, eps, return_stats)
     own = (weight, bias, training, momentum, eps, channel_axis, mask, out, return_stats)
@@ -161,7 +161,7 @@ def instance_norm(
             if way is not None:
                 return way.apply(x, running_mean, running_var, weight, bias, eps)
         elif use_input_stats and running_mean is running_var is None:
-            way = quick.find("instance", x, weight, bias, eps, None, channel_axis)
+            way = quick.find_by_channel("instance", x, weight, bias, eps, channel_axis)
             if way is not None:
                 return way.run(x, weight, bias, eps, return_stats)
     own = (weight, bias, use_input_stats, momentum, eps, channel_axis, mask, out, return_stats)
@@ -218,7 +218,7 @@ def group_norm(
     array([[-1.,  1., -1.,  1.]])
     """
     if mask is out is stream is None:
-        way = quick.find("group", x, weight, bias, eps, None, channel_axis, num_groups)
+        way = quick.find_by_channel("group", x, weight, bias, eps, channel_axis, num_groups)
         if way is not None:
             return way.run(x, weight, bias, eps, return_stats)
     options = (integer(channel_axis, "channel_axis"), integer(num_groups, "num_groups"), None)
@@ -455,7 +455,7 @@ def batch_norm_backward(
     (array([ 0.1763, -0.2204,  0.0441]), array([1.]))
     """
     if training and mask is stream is None:
-        way = quick.find_backward("batch", dy, x, mean, rstd, weight, channel_axis)
+        way = quick.find_backward_by_channel("batch", dy, x, mean, rstd, weight, channel_axis)
         if way is not None:
             return way.run(dy, x, mean, rstd, weight)
     options = (integer(channel_axis, "channel_axis"), None, None)
@@ -505,7 +505,7 @@ def instance_norm_backward(
     array([ 0.1763, -0.2204,  0.0441])
     """
     if mask is stream is None:
-        way = quick.find_backward("instance", dy, x, mean, rstd, weight, channel_axis)
+        way = quick.find_backward_by_channel("instance", dy, x, mean, rstd, weight, channel_axis)
         if way is not None:
             return way.run(dy, x, mean, rstd, weight)
     options = (integer(channel_axis, "channel_axis"), None, None)
@@ -557,7 +557,7 @@ def group_norm_backward(
     array([[ 0.1763, -0.2204,  0.0441]])
     """
     if mask is stream is None:
-        way = quick.find_backward("group", dy, x, mean, rstd, weight, channel_axis, num_groups)
+        way = quick.find_backward_by_channel("group", dy, x, mean, rstd, weight, channel_axis, num_groups)
         if way is not None:
             return way.run(dy, x, mean, rstd, weight)
     options = (integer(channel_axis, "channel_axis"), integer(num_groups, "num_groups"), None)

@@ -19,7 +19,18 @@ from .checks import integer, normalized_axes
 from .dtypes import Format, format_of
 from .plan import Options, Plan, plan
 
-__all__ = ["Bound", "Quick", "QuickBackward", "find", "find_backward", "find_given"]
+__all__ = [
+    "Bound",
+    "Quick",
+    "QuickBackward",
+    "Turned",
+    "TurnedBackward",
+    "find",
+    "find_backward",
+    "find_backward_by_channel",
+    "find_by_channel",
+    "find_given",
+]
 
 _empty, _ndarray = np.empty, np.ndarray
 _FLOAT64 = np.dtype(np.float64)
@@ -66,6 +77,16 @@ class Quick:
         """Tell whether a weight, bias or running statistic is what the kernel reads."""
         return _is_parameter(parameter, self._lane, self._shape)
 
+    def reads(self, parameter: Any) -> bool:
+        """Tell whether a weight or bias is what the kernel reads, or what `widened` turns into that."""
+        if self.fits(parameter):
+            return True
+        return self._result.itemsize == 2 and _is_parameter(parameter, self._result, self._shape)
+
+    def widened(self, parameter: Any) -> Any:
+        """Return a weight or bias of half precision as float32, any other as it is."""
+        return parameter if parameter is None or parameter.dtype is self._lane else parameter.astype(self._lane)
+
     def adds(self, x: np.ndarray, residual: Any) -> bool:
         """Tell whether the kernel can add a residual, if there is one."""
         return residual is None or (
@@ -91,12 +112,16 @@ class Quick:
             return (y, *self.public(stats)) if return_stats else y
         y, total = _empty(x.shape, self._result), _empty(x.shape, self._result)
         flat = residual.reshape(-1), total.reshape(-1)
+        if self._result.itemsize == 2:
+            weight, bias = self.widened(weight), self.widened(bias)
         stats = self._forward(x.reshape(-1), y.reshape(-1), weight, bias, eps, *flat)
         return (y, *self.public(stats), total) if return_stats else (y, total)
 
     def forward(self, x: np.ndarray, weight: Any, bias: Any, eps: float) -> tuple[np.ndarray, np.ndarray]:
         """Return the result and the backend's statistics."""
         y = _empty(x.shape, self._result)
+        if self._result.itemsize == 2:
+            weight, bias = self.widened(weight), self.widened(bias)
         return y, self._forward(x.reshape(-1), y.reshape(-1), weight, bias, eps)
 
     def public(self, stats: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -110,6 +135,8 @@ class Quick:
     def apply(self, x: np.ndarray, mean: np.ndarray, var: np.ndarray, weight: Any, bias: Any, eps: float) -> np.ndarray:
         """Normalize with running statistics."""
         y = _empty(x.shape, self._result)
+        if self._result.itemsize == 2:
+            weight, bias = self.widened(weight), self.widened(bias)
         self._apply(x.reshape(-1), y.reshape(-1), weight, bias, self._given(mean, var, eps))
         return y
 
@@ -156,6 +183,73 @@ class QuickBackward:
         return (dx, dweight, gradients[1].reshape(self._shape)) if self._centred else (dx, dweight)
 
 
+class _Turn:
+    """The transposition that brings the channels of arrays of some number of axes from second to last, and back."""
+
+    __slots__ = ("_back", "_there")
+
+    def __init__(self, axes: int) -> None:
+        self._there = (0, *range(2, axes), 1)
+        self._back = (0, axes - 1, *range(1, axes - 1))
+
+    @staticmethod
+    def of(x: Any, channel_axis: Any) -> _Turn | None:
+        """Return it for channels-first arrays that lie channels last in memory; None for others."""
+        if type(x) is not _ndarray or x.flags.carray:
+            return None
+        axes = x.ndim
+        if axes < 3 or type(channel_axis) is not int or channel_axis not in (1, 1 - axes):
+            return None
+        turn = _TURNS.get(axes)
+        if turn is None:
+            turn = _TURNS[axes] = _Turn(axes)
+        return turn if turn.there(x).flags.carray else None
+
+    def there(self, x: np.ndarray) -> np.ndarray:
+        """Return the view in the order of memory."""
+        return x.transpose(self._there)
+
+    def back(self, y: np.ndarray) -> np.ndarray:
+        """Return the view in the order of the caller's axes."""
+        return y.transpose(self._back)
+
+
+_TURNS: dict[int, _Turn] = {}
+
+
+class Turned:
+    """Calls of one norm on channels-first arrays that lie channels last in memory: those on the transposed arrays."""
+
+    __slots__ = ("_turn", "_way", "fits")
+
+    def __init__(self, turn: _Turn, way: Any) -> None:
+        self._turn, self._way = turn, way
+        self.fits = way.fits
+
+    def run(self, x: np.ndarray, weight: Any, bias: Any, eps: float, return_stats: bool) -> Any:
+        """Do what `Quick.run` does."""
+        result = self._way.run(self._turn.there(x), weight, bias, eps, return_stats)
+        return (self._turn.back(result[0]), *result[1:]) if return_stats else self._turn.back(result)
+
+    def apply(self, x: np.ndarray, mean: np.ndarray, var: np.ndarray, weight: Any, bias: Any, eps: float) -> np.ndarray:
+        """Do what `Quick.apply` does."""
+        return self._turn.back(self._way.apply(self._turn.there(x), mean, var, weight, bias, eps))
+
+
+class TurnedBackward:
+    """Backward for such arrays."""
+
+    __slots__ = ("_turn", "_way")
+
+    def __init__(self, turn: _Turn, way: Any) -> None:
+        self._turn, self._way = turn, way
+
+    def run(self, dy: np.ndarray, x: np.ndarray, mean: Any, rstd: np.ndarray, weight: Any) -> tuple[np.ndarray, ...]:
+        """Do what `QuickBackward.run` does."""
+        dx, *gradients = self._way.run(self._turn.there(dy), self._turn.there(x), mean, rstd, weight)
+        return (self._turn.back(dx), *gradients)
+
+
 class Bound:
     """A layer's last quick way, for further inputs of the same shape and dtype while its parameters are the same."""
 
@@ -199,16 +293,31 @@ def find(
         quick = _look_up(norm, x.shape, x.dtype, weight is None, bias is None, first, second)
     except TypeError:  # what cannot be looked up, such as a list
         return None
-    if quick is None or not x.flags.carray or not quick.fits(weight) or not quick.fits(bias):
+    if quick is None or not quick.reads(weight) or not quick.reads(bias):
+        return None
+    if not x.flags.carray:
         return None
     return quick if residual is None or quick.adds(x, residual) else None
 
 
-def find_given(x: Any, mean: Any, var: Any, weight: Any, bias: Any, eps: Any, channel_axis: Any) -> Quick | None:
+def find_by_channel(
+    norm: str, x: Any, weight: Any, bias: Any, eps: Any, channel_axis: Any, num_groups: Any = None
+) -> Quick | Turned | None:
+    """Do what `find` does for a norm with a channel axis; channels may also lie last in memory."""
+    turn = _Turn.of(x, channel_axis)
+    if turn is None:
+        return find(norm, x, weight, bias, eps, None, channel_axis, num_groups)
+    way = find(norm, turn.there(x), weight, bias, eps, None, x.ndim - 1, num_groups)
+    return None if way is None else Turned(turn, way)
+
+
+def find_given(
+    x: Any, mean: Any, var: Any, weight: Any, bias: Any, eps: Any, channel_axis: Any
+) -> Quick | Turned | None:
     """Return the quick way of a call that normalizes with running statistics, or None."""
     if mean is None or var is None:
         return None
-    quick = find("given", x, weight, bias, eps, None, channel_axis)
+    quick = find_by_channel("given", x, weight, bias, eps, channel_axis)
     return quick if quick is not None and quick.fits(mean) and quick.fits(var) else None
 
 
@@ -223,6 +332,19 @@ def find_backward(
     except TypeError:
         return None
     return quick if quick is not None and x.flags.carray and quick.takes(dy, x, mean, rstd, weight) else None
+
+
+def find_backward_by_channel(
+    norm: str, dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, channel_axis: Any, num_groups: Any = None
+) -> QuickBackward | TurnedBackward | None:
+    """Do what `find_backward` does for a norm with a channel axis; channels may also lie last in memory."""
+    turn = _Turn.of(x, channel_axis)
+    if turn is None:
+        return find_backward(norm, dy, x, mean, rstd, weight, channel_axis, num_groups)
+    if type(dy) is not _ndarray or dy.ndim != x.ndim:
+        return None
+    way = find_backward(norm, turn.there(dy), turn.there(x), mean, rstd, weight, x.ndim - 1, num_groups)
+    return None if way is None else TurnedBackward(turn, way)
 
 
 @lru_cache(maxsize=4096, typed=True)

@@ -146,16 +146,17 @@ class StandIns:
         return array.reshape(-1)
 
     @staticmethod
+    def room(like: np.ndarray, count: int) -> np.ndarray:
+        array = np.full(count + LINE, np.nan, like.dtype)  # what is read before it is written shows
+        return array[StandIns.until_line(array, 0) :][:count]
+
+    @staticmethod
     def load(array: np.ndarray, index: int) -> Any:
         return _lane_dtype(array).type(_window(array, index, 1)[0])
 
     @staticmethod
     def counts(mask: np.ndarray, index: int) -> bool:
         return bool(_window(mask, index, 1)[0])
-
-    @staticmethod
-    def deviation(array: np.ndarray, index: int, centre: float) -> Any:
-        return np.float64(_window(array, index, 1)[0]) - centre
 
     @staticmethod
     def store(array: np.ndarray, index: int, value: Any) -> None:

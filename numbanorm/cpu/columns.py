@@ -12,7 +12,7 @@ import numpy as np
 from numba import prange
 
 from ..plan import COUNT, M2, MEAN, RSTD
-from .dtypes import counts, deviation, lane, load, pointer, store
+from .dtypes import counts, lane, load, pointer, room, store
 from .jit import Kernel, elementwise, inlined, scalar
 from .lanes import (
     all_lanes,
@@ -49,6 +49,9 @@ _HI, _LO, _SCALE, _BIAS = 0, TILE, 2 * TILE, 3 * TILE
 _TURNED = TILE + 32  # of each of these, and a vector more
 _N, _MEAN, _M2 = 0, TILE, 2 * TILE
 _BLOCK, _CHUNK, _TOTAL, _EXACT = 0, 3 * TILE, 6 * TILE, 9 * TILE  # of a block, of a chunk, of all, of a second look
+# How much room they take; strips may start anywhere, and read a strip beyond the last.
+_SUMS_ROOM, _MOMENTS_ROOM = 4 * TILE, 12 * TILE
+_PARAMS_ROOM, _TURNED_ROOM, _ROWS_ROOM = 5 * TILE, 4 * _TURNED, TOGETHER * TILE
 
 
 @elementwise
@@ -126,88 +129,81 @@ def _exact_moments(
 
     All lanes are swept, and the others keep what they have: no lane's bits depend on its neighbours.
     """
-    n = moments[into + _N : into + _N + width]
-    mean = moments[_EXACT + _MEAN : _EXACT + _MEAN + width]
-    m2 = moments[_EXACT + _M2 : _EXACT + _M2 + width]
-    pivot = moments[_EXACT + _N : _EXACT + _N + width]
     for i in range(width):
-        mean[i] = 0.0
-        m2[i] = 0.0
-        pivot[i] = np.nan if centred else 0.0
+        store(moments, _EXACT + _MEAN + i, 0.0)
+        store(moments, _EXACT + _M2 + i, 0.0)
+        store(moments, _EXACT + _N + i, np.nan if centred else 0.0)
     for r in range(rows if centred else 0):  # a lane's first element: sums around it are exactly 0 if all are equal
         run = start + r * stride
         at = mask_start + r * mask_stride
         for i in range(width):
             seen = True if mask is None else counts(mask, at + i * mask_step)
-            pivot[i] = np.float64(load(x, run + i)) if seen and np.isnan(pivot[i]) else pivot[i]
+            pivot = load(moments, _EXACT + _N + i)
+            store(moments, _EXACT + _N + i, np.float64(load(x, run + i)) if seen and np.isnan(pivot) else pivot)
     for squares in range(0 if centred else 1, 2):
+        around = _EXACT + (_MEAN if squares == 1 else _N)
         for r in range(rows):
             run = start + r * stride
             at = mask_start + r * mask_stride
             for i in range(width):
                 seen = True if mask is None else counts(mask, at + i * mask_step)
-                d = deviation(x, run + i, mean[i] if squares == 1 else pivot[i]) if seen else 0.0
-                if squares == 1:
-                    m2[i] += d * d
-                else:
-                    m2[i] += d
+                d = load(x, run + i) - load(moments, around + i) if seen else 0.0
+                m2 = load(moments, _EXACT + _M2 + i)
+                store(moments, _EXACT + _M2 + i, m2 + (d * d if squares == 1 else d))
         if squares == 0:
             for i in range(width):
-                mean[i] = pivot[i] + m2[i] / max(n[i], 1.0)
-                m2[i] = 0.0
+                offset = load(moments, _EXACT + _M2 + i) / max(load(moments, into + _N + i), 1.0)
+                store(moments, _EXACT + _MEAN + i, load(moments, _EXACT + _N + i) + offset)
+                store(moments, _EXACT + _M2 + i, 0.0)
     for i in range(width):
-        if sums[_SEEN + i] == 0:
-            moments[into + _MEAN + i] = mean[i]
-            moments[into + _M2 + i] = m2[i]
+        if load(sums, _SEEN + i) == 0:
+            store(moments, into + _MEAN + i, load(moments, _EXACT + _MEAN + i))
+            store(moments, into + _M2 + i, load(moments, _EXACT + _M2 + i))
 
 
 @elementwise
-def _merge_lanes(moments, into, part, start, stop, uniform):
+def _merge_lanes(moments, into, part, start, stop, mask):
     """Merge the moments at `part` into those at `into`, lane by lane, by Chan's formula.
 
     Numba would compile this anew for every constant among the arguments: hence callers' ``np.int64(0)``.
-
-    `uniform`: all of these lanes have as many elements as the first, none has 0, and one division serves them all.
     """
-    count = load(moments, into + _N + start) + load(moments, part + _N + start)
-    share = load(moments, part + _N + start) / count if count > 0.0 else 0.0
-    for i in range(start, stop if uniform else start):
-        n = load(moments, into + _N + i)
-        mean = load(moments, into + _MEAN + i)
-        delta = load(moments, part + _MEAN + i) - mean
-        store(
-            moments,
-            into + _M2 + i,
-            load(moments, into + _M2 + i) + load(moments, part + _M2 + i) + delta * delta * n * share,
-        )
-        store(moments, into + _MEAN + i, mean + delta * share)
-        store(moments, into + _N + i, count)
-    for i in range(stop if uniform else start, stop):
-        n = load(moments, into + _N + i)
-        m = load(moments, part + _N + i)
-        mean = load(moments, into + _MEAN + i)
-        part_mean = load(moments, part + _MEAN + i)
-        m2 = load(moments, into + _M2 + i)
-        part_m2 = load(moments, part + _M2 + i)
-        count = n + m
-        share = m / max(count, 1.0)
-        delta = part_mean - mean
-        merged_mean = mean + delta * share
-        merged_m2 = m2 + part_m2 + delta * delta * n * share
-        # Where one side is empty the other stands as it is: a mean that is Inf times a count of 0 would be NaN.
-        store(moments, into + _N + i, count)
-        store(moments, into + _MEAN + i, mean if m == 0.0 else (part_mean if n == 0.0 else merged_mean))
-        store(moments, into + _M2 + i, m2 if m == 0.0 else (part_m2 if n == 0.0 else merged_m2))
+    if mask is None:  # all of these lanes have as many elements as the first, none has 0: one division serves them all
+        count = load(moments, into + _N + start) + load(moments, part + _N + start)
+        share = load(moments, part + _N + start) / count if count > 0.0 else 0.0
+        for i in range(start, stop):
+            mean = load(moments, into + _MEAN + i)
+            delta = load(moments, part + _MEAN + i) - mean
+            more = delta * delta * load(moments, into + _N + i) * share
+            store(moments, into + _M2 + i, load(moments, into + _M2 + i) + load(moments, part + _M2 + i) + more)
+            store(moments, into + _MEAN + i, mean + delta * share)
+            store(moments, into + _N + i, count)
+    else:
+        for i in range(start, stop):
+            n = load(moments, into + _N + i)
+            m = load(moments, part + _N + i)
+            mean = load(moments, into + _MEAN + i)
+            part_mean = load(moments, part + _MEAN + i)
+            m2 = load(moments, into + _M2 + i)
+            part_m2 = load(moments, part + _M2 + i)
+            count = n + m
+            share = m / max(count, 1.0)
+            delta = part_mean - mean
+            merged_mean = mean + delta * share
+            merged_m2 = m2 + part_m2 + delta * delta * n * share
+            # Where one side is empty the other stands as it is: a mean that is Inf times a count of 0 would be NaN.
+            store(moments, into + _N + i, count)
+            store(moments, into + _MEAN + i, mean if m == 0.0 else (part_mean if n == 0.0 else merged_mean))
+            store(moments, into + _M2 + i, m2 if m == 0.0 else (part_m2 if n == 0.0 else merged_m2))
 
 
 @scalar
 def _merge_chunk(moments, mask, tail, width):
     """Merge a chunk into the total; the lanes of the tail have an element more."""
     if 0 < tail < width:
-        _merge_lanes(moments, np.int64(_TOTAL), np.int64(_CHUNK), np.int64(0), tail, mask is None)
-        _merge_lanes(moments, np.int64(_TOTAL), np.int64(_CHUNK), tail, width, mask is None)
+        _merge_lanes(moments, np.int64(_TOTAL), np.int64(_CHUNK), np.int64(0), tail, mask)
+        _merge_lanes(moments, np.int64(_TOTAL), np.int64(_CHUNK), tail, width, mask)
     else:
-        _merge_lanes(moments, np.int64(_TOTAL), np.int64(_CHUNK), np.int64(0), width, mask is None)
+        _merge_lanes(moments, np.int64(_TOTAL), np.int64(_CHUNK), np.int64(0), width, mask)
 
 
 @scalar
@@ -248,36 +244,37 @@ def _chunk_moments(moments, into, sums, x, mask, g, k0, first, width, chunk, cen
         if bad > 0:
             _exact_moments(sums, moments, at, x, x_at, g.x_R0, rows, wide, mask, mask_at, g.mask_R0, g.mask_R1, centred)
         if b > 0:
-            _merge_lanes(moments, into, np.int64(_BLOCK), np.int64(0), wide, mask is None)
+            _merge_lanes(moments, into, np.int64(_BLOCK), np.int64(0), wide, mask)
         if centred:
             for i in range(wide):
-                if mask is None or moments[at + _N + i] > 0.0:
-                    sums[_SHIFT + i] = lane(x, moments[at + _MEAN + i])
+                if mask is None or load(moments, at + _N + i) > 0.0:
+                    store(sums, _SHIFT + i, load(moments, at + _MEAN + i))
 
 
 @scalar
 def _close_groups(moments, g, k0, first, width, stats, eps):
     """Merge the lanes of a tile into the statistics of its groups."""
+    groups = g.K0 * g.K1
     a = k0 * g.K1 + first // g.R1
     b = k0 * g.K1 + min((first + width) // g.R1, g.K1)
     for group in range(a, b):
-        stats[COUNT, group] = 0.0
-        stats[MEAN, group] = 0.0
-        stats[M2, group] = 0.0
+        store(stats, COUNT * groups + group, 0.0)
+        store(stats, MEAN * groups + group, 0.0)
+        store(stats, M2 * groups + group, 0.0)
     group = k0 * g.K1 + first // g.R1 % g.K1
     left = g.R1
     for i in range(width):  # tiles start with a group; counted on: a division a lane takes as long as 100 elements
         n, mean, m2 = merge(
-            stats[COUNT, group],
-            stats[MEAN, group],
-            stats[M2, group],
-            moments[_TOTAL + _N + i],
-            moments[_TOTAL + _MEAN + i],
-            moments[_TOTAL + _M2 + i],
+            load(stats, COUNT * groups + group),
+            load(stats, MEAN * groups + group),
+            load(stats, M2 * groups + group),
+            load(moments, _TOTAL + _N + i),
+            load(moments, _TOTAL + _MEAN + i),
+            load(moments, _TOTAL + _M2 + i),
         )
-        stats[COUNT, group] = n
-        stats[MEAN, group] = mean
-        stats[M2, group] = m2
+        store(stats, COUNT * groups + group, n)
+        store(stats, MEAN * groups + group, mean)
+        store(stats, M2 * groups + group, m2)
         left -= 1
         if left == 0:
             left = g.R1
@@ -285,7 +282,8 @@ def _close_groups(moments, g, k0, first, width, stats, eps):
             if group == (k0 + 1) * g.K1:
                 group = k0 * g.K1
     for group in range(a, b):
-        stats[RSTD, group] = rstd_of(stats[COUNT, group], stats[M2, group], eps)
+        rstd = rstd_of(load(stats, COUNT * groups + group), load(stats, M2 * groups + group), eps)
+        store(stats, RSTD * groups + group, rstd)
 
 
 @inlined
@@ -312,85 +310,81 @@ def _write_packed(params, x, y, x_at, y_at, lanes, n, stream):
             store_part(_strip(no, x, x_at + i, part, params, 0), y, y_at + i, part)
             i += part
     # The parameters in the order in which lanes come from there on, and a vector more.
-    turned = np.empty(_TURNED * 4 + step, params.dtype)
-    line = until_line(turned, 0)
+    turned = room(params, _TURNED_ROOM)
     first = head % lanes
     for row in range(4):
-        to = line + row * _TURNED
+        to = row * _TURNED
         of = row * TILE
         for i in range(first, lanes):
-            turned[to + i - first] = params[of + i]
+            store(turned, to + i - first, load(params, of + i))
         for i in range(first):
-            turned[to + lanes - first + i] = params[of + i]
+            store(turned, to + lanes - first + i, load(params, of + i))
         for i in range(step):
-            turned[to + lanes + i] = turned[to + i]
-    p = pointer(turned)
+            store(turned, to + lanes + i, load(turned, to + i))
     stop = n - (n - head) % step
-    at = line
+    at = 0
     for i in range(head, stop, step):
-        d = (load_lanes(no, x, x_at + i) - load_lanes(no, p, at)) - load_lanes(no, p, _TURNED + at)
-        v = fused(d, load_lanes(no, p, 2 * _TURNED + at), load_lanes(no, p, 3 * _TURNED + at))
+        d = (load_lanes(no, x, x_at + i) - load_lanes(no, turned, at)) - load_lanes(no, turned, _TURNED + at)
+        v = fused(d, load_lanes(no, turned, 2 * _TURNED + at), load_lanes(no, turned, 3 * _TURNED + at))
         if stream:
             stream_lanes(v, y, y_at + i)
         else:
             store_lanes(v, y, y_at + i)
         at += step
-        if at >= line + lanes:
-            at = at - lanes if at < line + 2 * lanes else line + (at - line) % lanes
+        if at >= lanes:
+            at = at - lanes if at < 2 * lanes else at % lanes
     rest = n - stop
     if rest > 0:
-        d = (load_part(no, x, x_at + stop, rest) - load_lanes(no, p, at)) - load_lanes(no, p, _TURNED + at)
-        v = fused(d, load_lanes(no, p, 2 * _TURNED + at), load_lanes(no, p, 3 * _TURNED + at))
+        d = (load_part(no, x, x_at + stop, rest) - load_lanes(no, turned, at)) - load_lanes(no, turned, _TURNED + at)
+        v = fused(d, load_lanes(no, turned, 2 * _TURNED + at), load_lanes(no, turned, 3 * _TURNED + at))
         store_part(v, y, y_at + stop, rest)
     if stream:
         settle_streams()
-    turned[0] = 0.0  # the array is alive up to here, and with it what `p` points at
 
 
 @elementwise
-def _write_tile(lanes_of, x, y, weight, bias, stats, g, k0, first, width, chunk_start, chunk_stop):
-    """Normalize chunks of rows of a tile, in lanes (of the dtype of `lanes_of`); in float64 where float32 overflows."""
+def _write_tile(x, y, weight, bias, stats, g, k0, first, width, chunk_start, chunk_stop):
+    """Normalize chunks of rows of a tile, in lanes; in float64 where float32 overflows."""
     by_row = g.inner % g.lanes == 0
-    params = np.empty(5 * TILE, lanes_of.dtype)  # strips may start anywhere, and read a strip beyond the last
-    unsafe = np.empty(TILE, np.int64)
-    exact = np.empty(TOGETHER * TILE, np.float64)
-    row_gain = np.ones(TOGETHER, lanes_of.dtype)
-    row_shift = np.zeros(TOGETHER, lanes_of.dtype)
+    params = room(weight, _PARAMS_ROOM)
+    unsafe = room(stats, TILE)
+    exact = room(stats, _ROWS_ROOM)
+    row_gain = room(weight, TOGETHER)
+    row_shift = room(weight, TOGETHER)
+    groups = g.K0 * g.K1
     unsafe_count = 0
     group = k0 * g.K1 + first // g.R1 % g.K1
     left = g.R1
     channel = 0 if by_row else first // g.inner % g.size
     channel_left = g.inner - first % g.inner
-    mean = stats[MEAN, group]
-    rstd = stats[RSTD, group]
+    mean = load(stats, MEAN * groups + group)
+    rstd = load(stats, RSTD * groups + group)
     once = min(width, g.K1 * g.R1)  # further lanes are copies of these, rows side by side
     for i in range(once):
         if not 1.0 / FLOAT32_SAFE < rstd < FLOAT32_SAFE:
             for j in range(i, width, once):
-                unsafe[unsafe_count] = j
+                store(unsafe, unsafe_count, j)
                 unsafe_count += 1
         hi = lane(x, mean)
-        params[_HI + i] = hi
-        params[_LO + i] = mean - np.float64(hi)
-        params[_SCALE + i] = rstd if by_row else rstd * load(weight, channel)
-        params[_BIAS + i] = 0.0 if by_row else load(bias, channel)
+        store(params, _HI + i, hi)
+        store(params, _LO + i, mean - np.float64(hi))
+        store(params, _SCALE + i, rstd if by_row else rstd * load(weight, channel))
+        store(params, _BIAS + i, 0.0 if by_row else load(bias, channel))
         left -= 1
         if left == 0:
             left = g.R1
             group += 1
             if group == (k0 + 1) * g.K1:
                 group = k0 * g.K1
-            mean = stats[MEAN, group]
-            rstd = stats[RSTD, group]
+            mean = load(stats, MEAN * groups + group)
+            rstd = load(stats, RSTD * groups + group)
         channel_left -= 1
         if channel_left == 0 and not by_row:
             channel_left = g.inner
             channel = channel + 1 if channel + 1 < g.size else 0
     for i in range(once, width):
-        params[_HI + i] = params[_HI + i - once]
-        params[_LO + i] = params[_LO + i - once]
-        params[_SCALE + i] = params[_SCALE + i - once]
-        params[_BIAS + i] = params[_BIAS + i - once]
+        for row in (_HI, _LO, _SCALE, _BIAS):
+            store(params, row + i, load(params, row + i - once))
     r_start = chunk_start * g.chunk_rows
     r_stop = min(chunk_stop * g.chunk_rows, g.rows)
     tail = _tail_of(g, first, width, chunk_stop - 1)
@@ -409,13 +403,14 @@ def _write_tile(lanes_of, x, y, weight, bias, stats, g, k0, first, width, chunk_
         for t in range(together):
             if by_row:
                 channel = (k0 * g.rows + r + t) * g.lanes // g.inner % g.size
-                row_gain[t] = load(weight, channel)
-                row_shift[t] = load(bias, channel)
+                store(row_gain, t, load(weight, channel))
+                store(row_shift, t, load(bias, channel))
             for u in range(unsafe_count):  # before the row is written: x and y may be one array
-                i = unsafe[u]
+                i = np.int64(load(unsafe, u))
                 group = k0 * g.K1 + (first + i) // g.R1 % g.K1
                 if i < (width if t < whole else tail):
-                    exact[t * TILE + u] = deviation(x, x_at + t * g.x_R0 + i, stats[MEAN, group]) * stats[RSTD, group]
+                    d = load(x, x_at + t * g.x_R0 + i) - load(stats, MEAN * groups + group)
+                    store(exact, t * TILE + u, d * load(stats, RSTD * groups + group))
         head = min(until_line(y, y_at), width)  # as in `rows`: vectors across two lines take twice as long to store
         i = 0
         while i < width:
@@ -433,8 +428,8 @@ def _write_tile(lanes_of, x, y, weight, bias, stats, g, k0, first, width, chunk_
                 gain = scale
                 offset = shift
                 if by_row:
-                    gain = scale * all_lanes(no, row_gain[t])
-                    offset = all_lanes(no, row_shift[t])
+                    gain = scale * all_lanes(no, load(row_gain, t))
+                    offset = all_lanes(no, load(row_shift, t))
                 if here == width_of(no):
                     v = fused((load_lanes(no, x, a) - hi) - lo, gain, offset)
                     if g.stream != 0 and until_line(y, b) == 0:
@@ -446,12 +441,12 @@ def _write_tile(lanes_of, x, y, weight, bias, stats, g, k0, first, width, chunk_
             i += part
         for t in range(together if unsafe_count > 0 else 0):
             for u in range(unsafe_count):
-                i = unsafe[u]
+                i = np.int64(load(unsafe, u))
                 channel = (first + i) // g.inner % g.size
-                w = row_gain[t] if by_row else load(weight, channel)
+                w = load(row_gain, t) if by_row else load(weight, channel)
                 if i < (width if t < whole else tail):
-                    offset_here = row_shift[t] if by_row else load(bias, channel)
-                    store(y, y_at + t * g.y_R0 + i, exact[t * TILE + u] * w + offset_here)
+                    offset_here = load(row_shift, t) if by_row else load(bias, channel)
+                    store(y, y_at + t * g.y_R0 + i, load(exact, t * TILE + u) * w + offset_here)
     if g.stream != 0:
         settle_streams()
 
@@ -464,16 +459,17 @@ def _forward_tile(unit, x, y, mask, weight, bias, stats, geometry, eps, centred)
     k0 = unit // tiles
     first = unit % tiles * g.tile
     width = min(g.tile, g.lanes - first)
-    sums = np.empty(4 * TILE, weight.dtype)
-    moments = np.empty(12 * TILE)
+    p_weight, p_stats = pointer(weight), pointer(stats)
+    sums = room(p_weight, _SUMS_ROOM)
+    moments = room(p_stats, _MOMENTS_ROOM)
     for chunk in range(g.chunks):
         into = _TOTAL if chunk == 0 else _CHUNK
         _chunk_moments(moments, into, sums, pointer(x), pointer(mask), g, k0, first, width, chunk, centred)
         if chunk > 0:
             _merge_chunk(moments, pointer(mask), _tail_of(g, first, width, chunk), width)
-    _close_groups(moments, g, k0, first, width, stats, eps)
-    p_weight, p_bias = pointer(weight), pointer(bias)
-    _write_tile(weight, pointer(x), pointer(y), p_weight, p_bias, stats, g, k0, first, width, 0, g.chunks)
+    _close_groups(moments, g, k0, first, width, p_stats, eps)
+    p_x, p_y = pointer(x), pointer(y)
+    _write_tile(p_x, p_y, p_weight, pointer(bias), p_stats, g, k0, first, width, np.int64(0), g.chunks)
 
 
 @Kernel
@@ -492,12 +488,12 @@ def _store_chunk(unit, x, mask, weight, table, geometry, centred):
     tile = unit // g.chunks
     first = tile % tiles * g.tile
     width = min(g.tile, g.lanes - first)
-    sums = np.empty(4 * TILE, weight.dtype)
-    scratch = np.empty(12 * TILE)
+    sums = room(pointer(weight), _SUMS_ROOM)
+    scratch = room(pointer(table), _MOMENTS_ROOM)
     _chunk_moments(scratch, _CHUNK, sums, pointer(x), pointer(mask), g, tile // tiles, first, width, chunk, centred)
     for row in range(3):
         for i in range(width):
-            table[tile, chunk, row, i] = scratch[_CHUNK + row * TILE + i]
+            table[tile, chunk, row, i] = load(scratch, _CHUNK + row * TILE + i)
 
 
 @Kernel
@@ -513,15 +509,15 @@ def _merge_tile(tile, mask, table, stats, geometry, eps):
     tiles = -(-g.lanes // g.tile)
     first = tile % tiles * g.tile
     width = min(g.tile, g.lanes - first)
-    scratch = np.empty(12 * TILE)
+    scratch = room(pointer(table), _MOMENTS_ROOM)
     for chunk in range(g.chunks):
         into = _TOTAL if chunk == 0 else _CHUNK
         for row in range(3):
             for i in range(width):
-                scratch[into + row * TILE + i] = table[tile, chunk, row, i]
+                store(scratch, into + row * TILE + i, table[tile, chunk, row, i])
         if chunk > 0:
             _merge_chunk(scratch, mask, _tail_of(g, first, width, chunk), width)
-    _close_groups(scratch, g, tile // tiles, first, width, stats, eps)
+    _close_groups(scratch, g, tile // tiles, first, width, pointer(stats), eps)
 
 
 @Kernel
@@ -536,17 +532,19 @@ def _apply_unit(unit, x, y, weight, bias, stats, geometry):
     g = geometry[0]
     tiles = -(-g.lanes // g.tile)
     # Tiles change fastest: neighbouring units are neighbours in memory.
+    pieces = -(-g.chunks // g.piece_chunks)
     first = unit % tiles * g.tile
-    chunk = unit // tiles % g.chunks
-    k0 = unit // (tiles * g.chunks)
+    chunk = unit // tiles % pieces * g.piece_chunks
+    k0 = unit // (tiles * pieces)
     width = min(g.tile, g.lanes - first)
-    p_weight, p_bias = pointer(weight), pointer(bias)
-    _write_tile(weight, pointer(x), pointer(y), p_weight, p_bias, stats, g, k0, first, width, chunk, chunk + 1)
+    p_x, p_y, p_weight, p_bias = pointer(x), pointer(y), pointer(weight), pointer(bias)
+    stop = min(chunk + g.piece_chunks, g.chunks)
+    _write_tile(p_x, p_y, p_weight, p_bias, pointer(stats), g, k0, first, width, chunk, stop)
 
 
 @Kernel
 def apply(x, y, weight, bias, stats, geometry):
-    """Normalize with given statistics, chunk by chunk."""
+    """Normalize with given statistics, some chunks at a time."""
     g = geometry[0]
-    for unit in prange(g.K0 * g.chunks * -(-g.lanes // g.tile)):
+    for unit in prange(g.K0 * -(-g.chunks // g.piece_chunks) * -(-g.lanes // g.tile)):
         _apply_unit(np.int64(unit), x, y, weight, bias, stats, geometry)

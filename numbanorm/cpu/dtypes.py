@@ -13,51 +13,18 @@ import llvmlite.binding
 import numpy as np
 from llvmlite import ir
 from numba import config, types
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 
 from ..dtypes import NARROW, format_of
-from .jit import OPTIONS
+
+LINE = 64
+"""Bytes of a cache line."""
 
 
 def kernel_view(array: np.ndarray) -> np.ndarray:
     """Return `array` as the kernels take it: half precision as its record view, all else as it is."""
     form = format_of(array.dtype)
     return array if form is None or form.record is None else array.view(form.record)
-
-
-def pointer(array: Any) -> Any:
-    """Return the address of an argument's elements, None for None (compiled code only).
-
-    What `load` and `store` do with an array they do with its pointer. Functions that are called for every row take
-    pointers: arrays are counted by atomic operations at every call, 70 ns a row for six of them, and all threads would
-    count on one cache line. Arrays that a function allocates stay arrays: a pointer would not keep them alive.
-    """
-    raise TypeError("pointer() is for compiled kernels")
-
-
-def load(array: Any, index: int) -> float:
-    """Read one element as a lane (compiled code only)."""
-    raise TypeError("load() is for compiled kernels")
-
-
-def counts(mask: Any, index: int) -> bool:
-    """Read one element of a mask (compiled code only)."""
-    raise TypeError("counts() is for compiled kernels")
-
-
-def deviation(array: Any, index: int, centre: float) -> float:
-    """Read one element minus `centre` (compiled code only)."""
-    raise TypeError("deviation() is for compiled kernels")
-
-
-def store(array: Any, index: int, value: float) -> None:
-    """Write one lane as an element, rounded to nearest even (compiled code only)."""
-    raise TypeError("store() is for compiled kernels")
-
-
-def lane(array: Any, value: float) -> float:
-    """Round a float64 scalar to the lane type of `array` (compiled code only)."""
-    raise TypeError("lane() is for compiled kernels")
 
 
 def element_format(dtype: Any) -> str:
@@ -72,41 +39,42 @@ def _bits(dtype):
     return types.uint16 if isinstance(dtype, types.Record) else dtype
 
 
-@intrinsic
-def _get(typing_context, array, index):
-    """Read an element at its offset. No slice, no test for a negative index: slices count references atomically."""
-    element = _bits(array.dtype)
-
-    def generate(context, builder, signature, arguments):
-        return context.unpack_value(builder, element, element_pointer(context, builder, array, *arguments))
-
-    return element(array, types.intp), generate
+def lane_of(array):
+    """Return the Numba type in which the kernels compute with elements of an array."""
+    return types.float32 if element_format(array.dtype) in NARROW else types.float64
 
 
 @intrinsic
-def _set(typing_context, array, index, value):
-    element = _bits(array.dtype)
+def pointer(typing_context, array):
+    """Return the address of an argument's elements, None for None.
 
-    def generate(context, builder, signature, arguments):
-        context.pack_value(builder, element, arguments[2], element_pointer(context, builder, array, *arguments[:2]))
-        return context.get_dummy_value()
+    What `load` and `store` do with an array they do with its pointer. Functions that are called for every row take
+    pointers: arrays are counted by atomic operations at every call, 70 ns a row for six of them, and all threads would
+    count on one cache line. Arrays that a function allocates stay arrays: a pointer would not keep them alive.
+    """
+    if isinstance(array, types.NoneType):
+        return array(array), lambda context, builder, signature, arguments: arguments[0]
 
-    return types.none(array, types.intp, element), generate
-
-
-@intrinsic
-def _data(typing_context, array):
     def generate(context, builder, signature, arguments):
         return context.make_array(array)(context, builder, arguments[0]).data
 
     return types.CPointer(array.dtype)(array), generate
 
 
-@overload(pointer, jit_options=OPTIONS)
-def _pointer_of(array):
-    if isinstance(array, types.NoneType):
-        return lambda array: None
-    return lambda array: _data(array)
+@intrinsic(prefer_literal=True)
+def room(typing_context, like, count):
+    """Return a pointer to room on the stack for a constant number of elements of the dtype of `like`, from a line on.
+
+    It is gone when the function returns. An array takes Numba 70 ms to compile, and starts anywhere in a line.
+    """
+
+    def generate(context, builder, signature, arguments):
+        with builder.goto_entry_block():
+            start = builder.alloca(context.get_data_type(like.dtype), size=count.literal_value)
+        start.align = LINE
+        return start
+
+    return types.CPointer(like.dtype)(like, count), generate
 
 
 def element_pointer(context, builder, array, value, index):
@@ -116,49 +84,55 @@ def element_pointer(context, builder, array, value, index):
     return builder.gep(builder.bitcast(data, stored.as_pointer()), [index])
 
 
-@overload(load, jit_options=OPTIONS)
-def _load(array, index):  # unannotated, like every overload: Numba compares the parameters to the letter
-    match element_format(array.dtype):
-        case "float32" | "float64":
-            return lambda array, index: _get(array, index)
-        case "float16":
-            return lambda array, index: float16_to_float32(_get(array, index))
-        case "bfloat16":
-            return lambda array, index: bfloat16_to_float32(_get(array, index))
-        case name if name in NARROW:
-            return lambda array, index: np.float32(_get(array, index))
-        case _:
-            return lambda array, index: np.float64(_get(array, index))
+@intrinsic
+def load(typing_context, array, index):
+    """Read one element as a lane. No slice, no test for a negative index: slices count references atomically."""
+    element, name, result = _bits(array.dtype), element_format(array.dtype), lane_of(array)
+
+    def generate(context, builder, signature, arguments):
+        value = context.unpack_value(builder, element, element_pointer(context, builder, array, *arguments))
+        if name in ("float16", "bfloat16"):
+            return extend_half(builder, value, name, has_f16c())
+        return context.cast(builder, value, element, result)
+
+    return result(array, types.intp), generate
 
 
-@overload(counts, jit_options=OPTIONS)
-def _counts(mask, index):
-    return lambda mask, index: _get(mask, index)
+@intrinsic
+def store(typing_context, array, index, value):
+    """Write one lane as an element, rounded to nearest even."""
+    name = element_format(array.dtype)
+    number = types.float32 if name in ("float16", "bfloat16") else array.dtype
+
+    def generate(context, builder, signature, arguments):
+        item = arguments[2]
+        if name in ("float16", "bfloat16"):
+            item = truncate_half(builder, item, name, has_f16c())
+        target = element_pointer(context, builder, array, *arguments[:2])
+        context.pack_value(builder, _bits(array.dtype), item, target)
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, number), generate
 
 
-@overload(deviation, jit_options=OPTIONS)
-def _deviation(array, index, centre):
-    return lambda array, index, centre: load(array, index) - centre
+@intrinsic
+def counts(typing_context, mask, index):
+    """Read one element of a mask."""
+
+    def generate(context, builder, signature, arguments):
+        return context.unpack_value(builder, types.boolean, element_pointer(context, builder, mask, *arguments))
+
+    return types.boolean(mask, types.intp), generate
 
 
-@overload(store, jit_options=OPTIONS)
-def _store(array, index, value):
-    match element_format(array.dtype):
-        case "float16":
-            return lambda array, index, value: _set(array, index, float32_to_float16(np.float32(value)))
-        case "bfloat16":
-            return lambda array, index, value: _set(array, index, float32_to_bfloat16(np.float32(value)))
-        case "float32":
-            return lambda array, index, value: _set(array, index, np.float32(value))
-        case _:
-            return lambda array, index, value: _set(array, index, np.float64(value))
+@intrinsic
+def lane(typing_context, array, value):
+    """Round a float64 scalar to the lane type of `array`."""
 
+    def generate(context, builder, signature, arguments):
+        return context.cast(builder, arguments[1], types.float64, signature.return_type)
 
-@overload(lane, jit_options=OPTIONS)
-def _lane(array, value):
-    if element_format(array.dtype) in NARROW:
-        return lambda array, value: np.float32(value)
-    return lambda array, value: np.float64(value)
+    return lane_of(array)(array, types.float64), generate
 
 
 def extend_half(builder, bits, name, in_hardware):

@@ -11,17 +11,68 @@ from typing import Any, cast
 
 from numba import njit
 from numba.core import caching
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import Compiler
+from numba.core.compiler_machinery import LoweringPass, register_pass
+from numba.core.typed_passes import NativeLowering
+
+
+class _Part(JITCodeLibrary):
+    """The LLVM module of a function that only other compiled functions call: linked into theirs, and no more.
+
+    Numba optimizes each function and makes machine code of it before it links it into its callers, where the same
+    happens again, level after level. Here only the kernel is optimized and made, all its parts at once: a first call
+    with no cache takes 2.3 instead of 4.1 s for rows, 4.6 instead of 7.6 s for columns.
+    """
+
+    def _optimize_final_module(self) -> None:
+        pass
+
+    def _finalize_final_module(self) -> None:
+        self._finalized = True
+
+
+@register_pass(mutates_CFG=False, analysis_only=False)
+class _Uncallable(LoweringPass):
+    """Give the dispatcher an object to keep as the function's entry from Python, which there is none of."""
+
+    _name = "numbanorm_uncallable"
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def run_pass(self, state: Any) -> bool:
+        entry: Any = {}.__getitem__  # a built-in function, as it must be, and a new one each time
+        state["cr"] = state["cr"]._replace(cfunc=entry)
+        state.targetctx.insert_user_function(entry, state["cr"].fndesc, [state.library])
+        return False
+
+
+class _PartCompiler(Compiler):
+    """Numba's compiler, for functions that only other compiled functions call."""
+
+    def define_pipelines(self) -> Any:
+        self.state.flags.no_cpython_wrapper = True
+        self.state.flags.no_cfunc_wrapper = True
+        self.state.flags.no_compile = True
+        self.state.library = _Part(self.state.targetctx.codegen(), self.state.func_id.func_qualname)
+        (passes,) = super().define_pipelines()
+        passes.add_pass_after(_Uncallable, NativeLowering)
+        passes.finalize()
+        return [passes]
+
 
 # error_model="numpy": the default's branch on division by zero blocks vectorization (0.47 -> 2.1 Gelem/s on 1/sqrt).
-OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True}
+_OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True}
+_PART: dict[str, Any] = _OPTIONS | {"pipeline_class": _PartCompiler}
 
-scalar = njit(**OPTIONS)
+scalar = njit(**_PART)
 """Decorates whatever is not a loop over elements: merges, roots, addresses."""
 
-inlined = njit(**OPTIONS, forceinline=True)
+inlined = njit(**_PART, forceinline=True)
 """Decorates what works on lanes: in a call they go through memory, and a row of 64 takes 80 ns instead of 44."""
 
-elementwise = njit(**OPTIONS, fastmath={"contract"})
+elementwise = njit(**_PART, fastmath={"contract"})
 """Decorates a loop that does each element, or each lane, by itself: a product and a sum may fuse, nothing is reordered.
 
 No kernel may reorder a sum (`reassoc`): its bits would depend on what LLVM makes of its surroundings. See `lanes`.
@@ -57,7 +108,7 @@ class Kernel:
 
 
 def _compiled(function: Callable[..., None], *, parallel: bool) -> Callable[..., None]:
-    dispatcher: Any = njit(**OPTIONS, parallel=parallel)(function)
+    dispatcher: Any = njit(**_OPTIONS, parallel=parallel)(function)
     try:
         dispatcher._cache = _DiskCache(function, "parallel" if parallel else "serial")
     except (RuntimeError, OSError) as error:  # Numba finds no folder that it can write

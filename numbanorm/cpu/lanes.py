@@ -18,12 +18,8 @@ from numba.core.typing import signature as typing_signature
 from numba.core.typing.templates import AbstractTemplate, infer_global
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
-from ..dtypes import NARROW
-from .dtypes import element_format, element_pointer, extend_half, has_f16c, truncate_half
+from .dtypes import LINE, element_format, element_pointer, extend_half, has_f16c, lane_of, truncate_half
 from .jit import scalar
-
-LINE = 64
-"""Bytes of a cache line."""
 
 WIDTHS = {types.float32: 32, types.float64: 16}
 """Lanes by lane type: two 512-bit or four 256-bit registers of float32; more would spill where there are 16 of them."""
@@ -131,7 +127,7 @@ def _unconvert(builder, vector, name, lanes):
 @intrinsic
 def no_lanes(typing_context, array):
     """Return lanes of zeros, of the type in which elements of `array` are summed."""
-    lanes = Lanes(types.float32 if element_format(array.dtype) in NARROW else types.float64)
+    lanes = Lanes(lane_of(array))
 
     def generate(context, builder, signature, arguments):
         return ir.Constant(context.get_value_type(lanes), None)

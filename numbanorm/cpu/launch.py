@@ -27,6 +27,9 @@ FOLD_LANES = 192
 TILE_BYTES = 512 * 1024
 """Rows times lanes of a tile that shall still be in L2 when its output is written."""
 
+PIECE = 1 << 17
+"""Elements of a tile that are written with the same parameters: making these takes as long as 4096 elements."""
+
 STREAM_FROM = 1 << 21
 """Elements from which the output goes past the caches: 8 MiB of float32."""
 
@@ -49,7 +52,7 @@ _FIELDS = """
     K0 R0 K1 R1 inner size
     x_start x_K0 x_R0 x_K1 y_start y_K0 y_R0 y_K1 mask_start mask_K0 mask_R0 mask_K1 mask_R1
     unit_groups ahead ahead_dy stream
-    rows lanes tail tile chunk_rows chunk_runs chunk_width across chunks block_runs piece_runs
+    rows lanes tail tile chunk_rows chunk_runs chunk_width across chunks block_runs piece_runs piece_chunks
 """
 
 GEOMETRY = np.dtype([(name, np.int64) for name in _FIELDS.split()], align=True)
@@ -128,4 +131,5 @@ def _columns(g: np.void, folds: bool) -> None:
     blocks = -(-rows // BLOCK_ROWS)
     g["chunk_rows"] = -(-blocks // chunks) * BLOCK_ROWS
     g["chunks"] = -(-rows // g["chunk_rows"])
+    g["piece_chunks"] = max(1, PIECE // (g["chunk_rows"] * g["tile"]))
     g["rows"], g["lanes"], g["tail"] = rows, lanes, tail
