@@ -345,3 +345,31 @@ def test_statistics_make_no_temporary_of_a_chunk() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 20
+
+
+AT_ONCE: dict[str, Call] = {
+    "moments": lambda x, **_: nn.Moments.of(x, (0, 2, 3)),
+    "running": lambda x, **_: nn.batch_norm(x, np.zeros(6), np.ones(6), training=True),
+}
+
+
+@pytest.mark.parametrize("name", [*FORWARD, *AT_ONCE])
+def test_building_a_graph_neither_hashes_nor_copies_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks that lie in the graph, as those of `from_array` do, are read by tasks alone."""
+    call = (FORWARD | AT_ONCE)[name]
+    cut = 5 if name in AT_ONCE else 3  # what is computed at once copies a chunk with gaps, in its task
+    x = da.from_array(normal(0, (1 << 14, *SHAPE[1:])), chunks=(1 << 13, 6, cut, 3))  # of 1.8 MB and more
+    tokenize, hashed = dask.base.normalize_token.dispatch(np.ndarray), []
+
+    def recorded(array: np.ndarray) -> Any:
+        hashed.append(array.nbytes)
+        return tokenize(array)
+
+    call(x, return_stats=True)
+    monkeypatch.setitem(dask.base.normalize_token._lookup, np.ndarray, recorded)
+    tracemalloc.start()
+    call(x, return_stats=True)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sum(hashed) < 1 << 12  # weights and statistics
+    assert peak < 1 << 20
