@@ -296,11 +296,21 @@ def test_kernels_use_one_thread_in_a_task(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr("numbanorm.cpu.usable_threads", looked_at)
     monkeypatch.setattr(kernel_threads, "get_num_threads", lambda: 2)
-    x = da.from_array(normal(0, (512, 600)), chunks=(256, 600))  # a chunk is large enough for threads
-    nn.layer_norm(x, 600).compute(scheduler="threads")
-    nn.batch_norm(x, training=True).compute(scheduler="threads")
-    nn.layer_norm(x, 600, axis=-1, return_stats=True)[1].compute(scheduler="threads")
-    assert set(seen) == {1}
+    x = normal(0, (512, 600))
+    of_rows = nn.layer_norm(x, 600, return_stats=True)[1:]
+    of_channels = nn.batch_norm(x, training=True, return_stats=True)[1:]
+    lazy = da.from_array(x, chunks=(256, 600))  # a chunk is large enough for threads
+    seen.clear()
+    for result in (
+        nn.layer_norm(lazy, 600),
+        nn.batch_norm(lazy, training=True),
+        nn.layer_norm(lazy, 600, axis=-1, return_stats=True)[1],
+        nn.layer_norm_backward(lazy, lazy, 600, *of_rows)[0],
+        nn.batch_norm_backward(lazy, lazy, *of_channels)[0],
+    ):
+        result.compute(scheduler="threads")
+        assert set(seen) == {1}
+        seen.clear()
     assert usable() == 2
 
 
