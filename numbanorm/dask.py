@@ -7,6 +7,9 @@ until the last statistic is known. So what `x` is computed from runs twice; ``x.
 
 Where running statistics are updated, the statistics of the call are computed at once, as the layer's state changes at
 once; the result stays lazy. Kernels use one thread in a task: the scheduler runs as many tasks as there are cores.
+
+Chunks may be CUDA arrays, and so are those of the results then; parameters, masks and statistics that lie in host
+memory are copied to the device, task by task.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 As forward, chunks of whole groups are differentiated by themselves. Elsewhere the two sums of every chunk (see
 `numbanorm.pieces`) are added up by a tree, then the chunks of `x` and `dy` are read anew. All results are lazy;
-gradients of weight and bias are sums over the chunks, added in float64.
+gradients of weight and bias are sums over the chunks, added in float64. Chunks of whole groups may be CUDA arrays; the
+kernels for sums of parts are the CPU's alone.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from dask.array.utils import meta_from_array
 
 from . import pieces
 from .arrays import as_array
-from .backends import calls_for
-from .dask_chunks import Call, Statistics, after, as_input
+from .backends import calls_for, cuda_module
+from .dask_chunks import Call, Statistics, after, as_input, beside, on_device, to_host
 from .dtypes import Format, is_float
 from .plan import Options
 from .threads import serial
@@ -95,6 +96,7 @@ class _Backward:
     def across_chunks(self) -> tuple[Any, ...]:
         """Return dx, dweight and dbias from sums over all chunks of a group."""
         call = self._call
+        _in_host_memory(call.x._meta)
         stats = [(array, call.stats_axes) for array in call.spread(self._stats)]
         along = call.weight_axes if call.by_row else None
         weight = self._weight if call.by_row else (None, None)
@@ -192,13 +194,27 @@ def _of_whole_groups(
     channel, groups, axis = options
     axes = (channel,) if axis is None else axis
     if prod(source.shape) == 0:
-        return np.zeros(source.shape, form.result), *(_zeros(source.shape, axes) for _ in range(2))
+        dx = cuda_module("pieces").empty(source, form) if on_device(x) else np.zeros(source.shape, form.result)
+        return dx, *(_zeros(source.shape, axes) for _ in range(2))
     if groups is not None:
         options = (channel, source.shape[channel] // per_group, axis)
+    inputs = beside(x, mean, rstd, weight, mask)
     with serial():
-        dx, *sums = calls.run_backward(norm, options, dy, x, source, form, mean, rstd, weight, mask, fixed=fixed)
-    parts = [_spread(part, axes, len(source.shape)) for part in sums]
+        dx, *sums = calls.run_backward(norm, options, dy, x, source, form, *inputs, fixed=fixed)
+    parts = [_spread(to_host(part), axes, len(source.shape)) for part in sums]
     return dx, parts[0], parts[-1]  # RMS norm has no dbias; nobody asks for it
+
+
+def _in_host_memory(chunk: Any) -> None:
+    """Refuse chunks of groups that lie in several, where they are CUDA arrays: only the CPU has kernels for their sums.
+
+    Dask may know of it before it has a chunk, or not.
+    """
+    if on_device(chunk):
+        raise TypeError(
+            "x: expected chunks in host memory where groups lie in several chunks, got CUDA arrays; rechunk x and dy so"
+            " that every group lies within a chunk"
+        )
 
 
 def _sums(
@@ -206,6 +222,7 @@ def _sums(
 ) -> tuple[Any, Any]:
     """Return the two sums of a chunk, with 1 for the axes that they are taken over."""
     mean, rstd, weight = inputs
+    _in_host_memory(x)
     with serial():
         if along is not None:
             first, second = pieces.row_sums(dy, x, mean, rstd, weight, axis=along)

@@ -12,7 +12,7 @@ from dask.base import tokenize
 from dask.graph_manipulation import bind
 
 from . import arrays, pieces
-from .backends import calls_for
+from .backends import calls_for, cuda_module, uses_cuda
 from .dtypes import Format, format_of, is_float
 from .layout import Layout
 from .moments import _precise, _two_sum
@@ -251,16 +251,32 @@ def merged(x: Any, axes: tuple[int, ...], mask: Any, *, keepdims: bool) -> Any:
     )
 
 
+def on_device(block: Any) -> bool:
+    """Tell whether a chunk is a CUDA array."""
+    return type(block) is not np.ndarray and uses_cuda(block)
+
+
+def beside(block: Any, *inputs: Any) -> tuple[Any, ...]:
+    """Return inputs of a chunk's call where the chunk lies: if that is a device, copies of those in host memory."""
+    return tuple(cuda_module("pieces").beside(array, block) for array in inputs) if on_device(block) else inputs
+
+
+def to_host(array: Any) -> np.ndarray:
+    """Return an array in host memory: a copy of one on a device."""
+    found: np.ndarray = cuda_module("transfer").to_host(array) if on_device(array) else arrays.as_array(array, "x")
+    return found
+
+
 def _block_parts(block: Any, mask: Any, *, axes: tuple[int, ...]) -> np.ndarray:
     """Return the parts of one chunk, with 1 for the axes."""
     kept = tuple(1 if a in axes else n for a, n in enumerate(block.shape))
     parts = np.zeros(kept, PARTS)
     if not axes:
         parts["count"] = 1 if mask is None else mask
-        parts["mean"] = np.where(parts["count"] > 0, arrays.as_array(block, "x"), 0)
-    elif block.size:
+        parts["mean"] = np.where(parts["count"] > 0, to_host(block), 0)
+    elif 0 not in block.shape:
         with serial():
-            found = _precise(block, axes, mask)
+            found = _precise(block, axes, *beside(block, mask))
         for name, values in zip(PARTS.names or (), found, strict=True):
             parts[name] = values if values.ndim == 0 else values.reshape(kept)
     return parts
@@ -311,10 +327,11 @@ def _whole(
     calls = calls_for(block)
     source, form = calls.as_input(block, "x")
     if source.size == 0:
-        return np.empty(source.shape, form.result)
+        return cuda_module("pieces").empty(source, form) if on_device(block) else np.empty(source.shape, form.result)
     channel_axis, groups, axis = options
     if groups is not None:
         options = (channel_axis, source.shape[channel_axis] // per_group, axis)
+    weight, bias, mask = beside(block, weight, bias, mask)
     with serial():
         return calls.run(norm, options, block, source, form, weight, bias, eps, mask=mask)
 
@@ -322,5 +339,6 @@ def _whole(
 def _apply(block: Any, *inputs: Any, norm: str, options: Options) -> Any:
     """Normalize a chunk with the statistics of its groups."""
     mean, rstd, weight, bias = inputs
+    normalize = cuda_module("pieces").normalize if on_device(block) else pieces.normalize
     with serial():
-        return pieces.normalize(norm, (options[0], None, options[2]), block, mean, rstd, weight, bias)
+        return normalize(norm, (options[0], None, options[2]), block, mean, rstd, weight, bias)

@@ -296,11 +296,21 @@ def test_kernels_use_one_thread_in_a_task(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr("numbanorm.cpu.usable_threads", looked_at)
     monkeypatch.setattr(kernel_threads, "get_num_threads", lambda: 2)
-    x = da.from_array(normal(0, (512, 600)), chunks=(256, 600))  # a chunk is large enough for threads
-    nn.layer_norm(x, 600).compute(scheduler="threads")
-    nn.batch_norm(x, training=True).compute(scheduler="threads")
-    nn.layer_norm(x, 600, axis=-1, return_stats=True)[1].compute(scheduler="threads")
-    assert set(seen) == {1}
+    x = normal(0, (512, 600))
+    of_rows = nn.layer_norm(x, 600, return_stats=True)[1:]
+    of_channels = nn.batch_norm(x, training=True, return_stats=True)[1:]
+    lazy = da.from_array(x, chunks=(256, 600))  # a chunk is large enough for threads
+    seen.clear()
+    for result in (
+        nn.layer_norm(lazy, 600),
+        nn.batch_norm(lazy, training=True),
+        nn.layer_norm(lazy, 600, axis=-1, return_stats=True)[1],
+        nn.layer_norm_backward(lazy, lazy, 600, *of_rows)[0],
+        nn.batch_norm_backward(lazy, lazy, *of_channels)[0],
+    ):
+        result.compute(scheduler="threads")
+        assert set(seen) == {1}
+        seen.clear()
     assert usable() == 2
 
 
@@ -344,4 +354,32 @@ def test_statistics_make_no_temporary_of_a_chunk() -> None:
     nn.batch_norm(lazy, np.zeros(64), np.ones(64), training=True)  # its statistics are taken at once
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+AT_ONCE: dict[str, Call] = {
+    "moments": lambda x, **_: nn.Moments.of(x, (0, 2, 3)),
+    "running": lambda x, **_: nn.batch_norm(x, np.zeros(6), np.ones(6), training=True),
+}
+
+
+@pytest.mark.parametrize("name", [*FORWARD, *AT_ONCE])
+def test_building_a_graph_neither_hashes_nor_copies_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks that lie in the graph, as those of `from_array` do, are read by tasks alone."""
+    call = (FORWARD | AT_ONCE)[name]
+    cut = 5 if name in AT_ONCE else 3  # what is computed at once copies a chunk with gaps, in its task
+    x = da.from_array(normal(0, (1 << 14, *SHAPE[1:])), chunks=(1 << 13, 6, cut, 3))  # of 1.8 MB and more
+    tokenize, hashed = dask.base.normalize_token.dispatch(np.ndarray), []
+
+    def recorded(array: np.ndarray) -> Any:
+        hashed.append(array.nbytes)
+        return tokenize(array)
+
+    call(x, return_stats=True)
+    monkeypatch.setitem(dask.base.normalize_token._lookup, np.ndarray, recorded)
+    tracemalloc.start()
+    call(x, return_stats=True)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sum(hashed) < 1 << 12  # weights and statistics
     assert peak < 1 << 20

@@ -17,6 +17,7 @@ import numbanorm as nn
 from numbanorm import files
 
 zarr = pytest.importorskip("zarr", minversion="3")
+zarr_store = pytest.importorskip("numbanorm.zarr_store")
 
 SHAPE = (9, 6, 20)
 
@@ -67,20 +68,34 @@ def test_any_chunks_and_blocks(tmp_path: Path, data: st.DataObject) -> None:
 @pytest.mark.parametrize("version", [2, 3])
 def test_attributes_and_format_are_kept(tmp_path: Path, version: int) -> None:
     x = normal(0, SHAPE, np.float32)
-    stored(tmp_path / "x.zarr", x, (4, 6, 7), zarr_format=version, attributes={"units": "K"})
+    stored(tmp_path / "x.zarr", x, (4, 6, 7), zarr_format=version, attributes={"units": "K"}, compressors=None)
     files.apply(tmp_path / "x.zarr", tmp_path / "y.zarr", "layer")
     y = zarr.open_array(tmp_path / "y.zarr", mode="r")
     assert (y.metadata.zarr_format, dict(y.attrs), y.chunks) == (version, {"units": "K"}, (4, 6, 7))
+    assert y.compressors == ()  # Zarr's own choice would be to compress
     close(y[...], nn.layer_norm(x, 20))
 
 
-def test_shards_are_read_and_written_whole(tmp_path: Path) -> None:
+def test_shards_are_read_and_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x = normal(0, SHAPE, np.float32)
     stored(tmp_path / "x.zarr", x, (2, 3, 10), shards=(4, 6, 20))
+    seen: list[tuple[tuple[int, int], ...]] = []
+
+    def recorded(method: Any) -> Any:
+        def record(self: Any, region: Any, values: Any) -> Any:
+            seen.append(tuple((s.start, s.stop) for s in region))
+            return method(self, region, values)
+
+        return record
+
+    monkeypatch.setattr(zarr_store.ZarrSource, "read", recorded(zarr_store.ZarrSource.read))
+    monkeypatch.setattr(zarr_store.ZarrSink, "write", recorded(zarr_store.ZarrSink.write))
     files.apply(tmp_path / "x.zarr", tmp_path / "y.zarr", "batch", block=100)
     y = zarr.open_array(tmp_path / "y.zarr", mode="r")
     assert (y.chunks, y.shards) == ((2, 3, 10), (4, 6, 20))
     close(y[...], nn.batch_norm(x, training=True))
+    shards = [((0, 4), (0, 6), (0, 20)), ((4, 8), (0, 6), (0, 20)), ((8, 9), (0, 6), (0, 20))]
+    assert sorted(seen) == sorted(3 * shards)  # for the statistics, to be normalized, written
 
 
 def test_in_place(tmp_path: Path) -> None:

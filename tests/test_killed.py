@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,3 +129,52 @@ def test_an_error_leaves_target_and_folder_as_they_were(tmp_path: Path) -> None:
         fail()
     assert content(target) == {"old": b"old"}
     assert os.listdir(tmp_path) == ["y.zarr"]
+
+
+@pytest.mark.parametrize("exchanged", [True, False])
+def test_an_old_folder_is_removed_once_the_new_one_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanged: bool
+) -> None:
+    target = tmp_path / "y.zarr"
+    target.mkdir()
+    (target / "old").write_bytes(b"old")
+    seen: list[dict[str, bytes]] = []
+    remove = shutil.rmtree
+
+    def watched(path: Any, **options: Any) -> None:
+        seen.append(content(target))
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    if not exchanged:  # as where the system cannot exchange names
+
+        def unable(*_: Path) -> None:
+            raise OSError
+
+        monkeypatch.setattr(atomic, "_rename_exchange", unable)
+    with atomic.replacing(target, folder=True) as scratch:
+        (scratch / "new").write_bytes(b"new")
+    assert seen == [{"new": b"new"}]
+    assert os.listdir(tmp_path) == ["y.zarr"]
+
+
+def test_all_of_a_folder_is_on_the_disk_before_it_takes_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    sync, exchange = os.fsync, atomic._exchange
+
+    def watch_sync(descriptor: int) -> None:
+        seen.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        sync(descriptor)
+
+    def watch_exchange(scratch: Path, target: Path) -> None:
+        seen.append("exchange")
+        exchange(scratch, target)
+
+    monkeypatch.setattr(os, "fsync", watch_sync)
+    monkeypatch.setattr(atomic, "_exchange", watch_exchange)
+    with atomic.replacing(tmp_path / "y.zarr", folder=True) as scratch:
+        (scratch / "c").mkdir()
+        (scratch / "c" / "0").write_bytes(b"chunk")
+    assert seen == ["0", "c", scratch.name, "exchange", tmp_path.name]

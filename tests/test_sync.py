@@ -66,6 +66,8 @@ def layer(sync: Any = None, **options: Any) -> nn.BatchNorm:
     norm = nn.BatchNorm(C, sync=sync, **options)
     if norm.weight is not None:
         norm.weight, norm.bias = WEIGHT.copy(), BIAS.copy()
+    if norm.running_mean is not None:  # float32 would hide in which order the ranks' moments are merged
+        norm.running_mean, norm.running_var = np.zeros(C), np.ones(C)
     return norm
 
 

@@ -30,6 +30,21 @@ def to_device(array: np.ndarray, device: int) -> Any:
     return made.owner
 
 
+def to_memory_of(x: DeviceArray, array: np.ndarray) -> DeviceArray:
+    """Return a copy of a NumPy array in memory of the library of `x`, for the stream of `x`; its scratch is entered.
+
+    A library that reuses memory in the order of a stream may give what a kernel queued before still reads; so this
+    waits for the stream before it writes, too.
+    """
+    array = np.ascontiguousarray(array).reshape(array.shape)
+    made = x.library.empty(contiguous(array.shape, array.dtype), x)
+    if array.size:
+        devices.synchronize(x.stream or 0)
+        _bytes(made.address, array.nbytes, made.owner).copy_to_device(array.reshape(-1).view(_BYTES))
+        devices.synchronize(0)
+    return made
+
+
 def to_host(value: Any) -> np.ndarray:
     """Return a copy of a CUDA array as a NumPy array, once what writes it is done."""
     array = read(value, "value")
