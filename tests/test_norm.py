@@ -492,3 +492,57 @@ def test_quick_calls_follow_the_layer() -> None:
     norm.eps = -1.0
     with pytest.raises(ValueError, match="eps"):
         norm(x)
+
+
+CHANNELS_LAST = [
+    ("batch", lambda x, **more: nn.batch_norm(x, None, None, *parameters(x), training=True, **more)),
+    ("given", lambda x, **more: nn.batch_norm(x, *parameters(x), *parameters(x), **more)),
+    ("instance", lambda x, **more: nn.instance_norm(x, None, None, *parameters(x), **more)),
+    ("group", lambda x, **more: nn.group_norm(x, 2, *parameters(x), **more)),
+]
+
+
+def parameters(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return a positive and another parameter a channel, of the input's dtype."""
+    values = np.random.default_rng(1).uniform(0.5, 2, (2, x.shape[1])).astype(x.dtype)
+    return values[0], values[1] + values[0]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+@pytest.mark.parametrize("shape", [(3, 6, 5), (3, 6, 5, 7), (2, 4, 3, 3, 5)])
+@pytest.mark.parametrize("norm", CHANNELS_LAST, ids=lambda norm: norm[0])
+def test_small_arrays_with_channels_last_in_memory(norm: Any, shape: tuple[int, ...], dtype: Any) -> None:
+    """They go a quick way; the way of calls with `out` gives the same bits, and `y` lies in memory as `x` does."""
+    name, function = norm
+    memory = np.random.default_rng(0).standard_normal((shape[0], *shape[2:], shape[1])).astype(dtype)
+    x = np.moveaxis(memory, -1, 1)
+    y = function(x)
+    assert y.strides == x.strides
+    out = np.empty_like(x)
+    np.testing.assert_array_equal(y, function(x, out=out))
+    if name == "given":
+        return
+    quick = function(x, return_stats=True)
+    for one, other in zip(quick, function(x, return_stats=True, out=out), strict=True):
+        assert one.shape == other.shape
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("shape", [(3, 6, 5), (3, 6, 5, 7)])
+@pytest.mark.parametrize("name", ["batch", "instance", "group"])
+def test_gradients_of_small_arrays_with_channels_last_in_memory(name: str, shape: tuple[int, ...]) -> None:
+    """They are those of the same arrays with channels first in memory; `dx` lies as `x` does."""
+    memory = np.random.default_rng(0).standard_normal((2, shape[0], *shape[2:], shape[1]))
+    dy, x = np.moveaxis(memory, -1, 2)
+    weight, _ = parameters(x)
+    groups = (2,) if name == "group" else ()
+    stats = {"batch": nn.batch_norm, "instance": nn.instance_norm, "group": nn.group_norm}[name](
+        x, *groups, return_stats=True, **({"training": True} if name == "batch" else {})
+    )[1:]
+    backward = getattr(nn, f"{name}_norm_backward")
+    found = backward(dy, x, *groups, *stats, weight)
+    assert found[0].strides == x.strides
+    wanted = backward(np.ascontiguousarray(dy), np.ascontiguousarray(x), *groups, *stats, weight)
+    for one, other in zip(found, wanted, strict=True):
+        assert one.shape == other.shape
+        np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
