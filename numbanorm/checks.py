@@ -16,11 +16,18 @@ def _quick_axes(shape: tuple[int, ...], normalized_shape: Any, axis: Any) -> tup
 
 def normalized_axes(shape: tuple[int, ...], normalized_shape: Any, axis: Any) -> tuple[int, ...]:
     """Check `normalized_shape` and `axis` against a shape; return the normalized axes, counted from the front."""
-    try:
-        return _quick_axes(shape, normalized_shape, axis)
-    except TypeError:  # lists cannot be looked up; or the arguments are wrong, and it is raised again
-        wanted = lengths(normalized_shape, "normalized_shape")
-        return _axes(shape, wanted, None if axis is None else integers(axis, "axis"))
+    if is_key(normalized_shape) and is_key(axis):
+        try:
+            return _quick_axes(shape, normalized_shape, axis)
+        except TypeError:  # lists cannot be looked up; or the arguments are wrong, and it is raised again
+            pass
+    wanted = lengths(normalized_shape, "normalized_shape")
+    return _axes(shape, wanted, None if axis is None else integers(axis, "axis"))
+
+
+def is_key(option: Any) -> bool:
+    """Tell whether an option can be looked up: no tuple but of int, as (True,) and (1.0,) are found where (1,) is."""
+    return type(option) is not tuple or set(map(type, option)) == {int}
 
 
 def _axes(shape: tuple[int, ...], wanted: tuple[int, ...], axis: tuple[int, ...] | None) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from .backends import cpu_backend
 from .calls import ROWS_OF, public_statistic
-from .checks import integer, normalized_axes
+from .checks import integer, is_key, normalized_axes
 from .dtypes import Format, format_of
 from .plan import Options, Plan, plan
 
@@ -289,6 +289,8 @@ def find(
     """
     if type(x) is not _ndarray or type(eps) is not float or not 0.0 <= eps < inf:
         return None
+    if not (is_key(first) and is_key(second)):
+        return None
     try:
         quick = _look_up(norm, x.shape, x.dtype, weight is None, bias is None, first, second)
     except TypeError:  # what cannot be looked up, such as a list
@@ -326,6 +328,8 @@ def find_backward(
 ) -> QuickBackward | None:
     """Return the quick way of a backward through the input's statistics, or None; otherwise as `find`."""
     if type(x) is not _ndarray:
+        return None
+    if not (is_key(first) and is_key(second)):
         return None
     try:
         quick = _look_up_backward(norm, x.shape, x.dtype, first, second)

@@ -43,6 +43,9 @@ def moments(
         count = where.sum(axes, keepdims=True)
         some = np.maximum(count, 1)
         mean = wide.sum(axes, keepdims=True, where=where) / some if centred else np.zeros(count.shape, LONG)
+        # The sum of 513 integers near 3e18 has more bits than longdouble: what the mean is off by is added.
+        rest = (wide - mean).sum(axes, keepdims=True, where=where) / some if centred else mean
+        mean = mean + np.where(np.isfinite(rest), rest, 0)
         deviation = wide - mean
         m2 = np.square(deviation).sum(axes, keepdims=True, where=where)
     return count, mean, m2

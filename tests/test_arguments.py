@@ -399,3 +399,20 @@ def test_running_statistics_side_by_side() -> None:
     mean, var = ZEROS.copy(), ONES.copy()
     nn.batch_norm(X, mean, var, training=True)
     np.testing.assert_array_equal(table, np.stack([mean, var], 1))
+
+
+def test_true_is_not_one_where_one_is_known() -> None:
+    """Equal options are one key of what is kept from call to call, and (True,) equals (1,)."""
+    x = np.ones((5, 1), np.float32)
+    nn.layer_norm(x, (1,))
+    nn.layer_norm(x, 1, axis=(1,))
+    with pytest.raises(TypeError, match="normalized_shape: expected .*got .*bool"):
+        nn.layer_norm(x, (True,))
+    with pytest.raises(TypeError, match="normalized_shape: expected .*got .*float"):
+        nn.layer_norm(x, (1.0,))
+    with pytest.raises(TypeError, match="axis: expected .*got .*bool"):
+        nn.layer_norm(x, 1, axis=(True,))
+    _, mean, rstd = nn.layer_norm(x, (1,), return_stats=True)
+    nn.layer_norm_backward(x, x, (1,), mean, rstd)
+    with pytest.raises(TypeError, match="normalized_shape: expected .*got .*bool"):
+        nn.layer_norm_backward(x, x, (True,), mean, rstd)

@@ -25,7 +25,10 @@ FEW_DTYPES = (*map(np.dtype, ("float32", "float16", "float64", "bool", "int16", 
 
 MOST = 1500
 """Elements of an input at most, and bytes of its memory: two strips of the widest lanes, and a block and a half."""
-ARENA_BYTES = 64 << 10
+ARENA_BYTES = 2 << 20
+
+SPREAD = 32 << 10
+"""Bytes from which an array lies in one piece."""
 
 
 @dataclass
@@ -194,7 +197,7 @@ class Maker:
             dtype = dtype.newbyteorder()
         strides = strides_of(rnd, lengths, dtype.itemsize, shared=not target)
         how = Shape.of(lengths, strides, dtype.itemsize)
-        if how.span > self.arena.size // 2:
+        if how.span > SPREAD:
             how = Shape.of(
                 lengths, tuple(dtype.itemsize * prod(lengths[a + 1 :]) for a in range(len(lengths))), dtype.itemsize
             )

@@ -164,7 +164,8 @@ class Result:
         off = np.abs(wide - exact)
         right = off <= np.asarray(self.allowed, LONG) + rounding
         beyond = np.abs(exact) + self.allowed + rounding >= LONG(float(limits.max))
-        right |= beyond & np.isinf(wide) & (np.sign(wide) == np.sign(exact))
+        uncertain = np.abs(exact) <= self.allowed  # what nothing is left of may have either sign
+        right |= beyond & np.isinf(wide) & (uncertain | (np.sign(wide) == np.sign(exact)))
         right |= np.isnan(exact) & np.isnan(wide)
         right |= np.isinf(exact) & (wide == exact)
         right |= ~np.broadcast_to(np.asarray(self.judged), right.shape)
@@ -310,7 +311,7 @@ class Judge:
         )
         limit = RANGE[self.lane]
         judged = np.abs(dx) < limit
-        for part in (g, d, h, g * h) if fixed else (self.x, g, d, h, d * h, g * h, self.rstd, 1 / self.rstd):
+        for part in (g, d, h, g * h) if fixed else (self.x, g, d, h, d * h, g * h, h * mean_gh, self.rstd, 1 / self.rstd):
             judged = judged & (np.abs(part) < limit)
         if not fixed:
             judged = judged.all(axes, keepdims=True)

@@ -135,7 +135,8 @@ def spoil(r: Random, case: Case) -> bool:
             blamed += ("running_mean", "running_var")
         new = r.choice(wrong)
     elif name in ("mask", "mask2"):
-        shape = np.shape(a["x"]) if not isinstance(a["x"], memoryview) else a["x"].shape
+        x = a["x"]
+        shape = np.from_dlpack(x).shape if hasattr(x, "__dlpack__") else x.shape if hasattr(x, "shape") else np.shape(x)
         wrong = [np.ones(np.shape(value), kind) for kind in (np.uint8, np.float32, object)]
         wrong += [np.ones((2, *shape), bool), np.ones((*shape, shape[-1] + 2 if shape else 2), bool), Device(), "mask"]
         wrong += [np.ma.masked_array(np.ones(shape, bool)), [[True], [True, False]]]
