@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from .columns import TILE
-from .dtypes import counts, lane, load, pointer
+from .columns import TILE, TOGETHER
+from .dtypes import counts, lane, load, pointer, room, store
 from .jit import Kernel, scalar
 from .lanes import (
     all_lanes,
@@ -36,6 +36,7 @@ FLUSH_ROWS = 64
 
 # One scratch array with constant offsets, as in `columns`.
 _HI, _LO, _SCALE, _GAIN, _MEAN_G, _MEAN_GH, _A, _B = (i * TILE for i in range(8))
+_ROOM, _SUMS_ROOM = 9 * TILE, 2 * TILE  # strips may start anywhere, and read a strip beyond the last
 
 
 @scalar
@@ -45,10 +46,10 @@ def _spread(scratch, x, weight, means, rstds, g, k0, first, width, by_row):
         group = k0 * g.K1 + (first + i) // g.R1 % g.K1
         mean = at(means, group)
         hi = lane(x, mean)
-        scratch[_HI + i] = hi
-        scratch[_LO + i] = mean - np.float64(hi)
-        scratch[_SCALE + i] = at(rstds, group)
-        scratch[_GAIN + i] = 1.0 if by_row else load(weight, (first + i) // g.inner % g.size)
+        store(scratch, _HI + i, hi)
+        store(scratch, _LO + i, mean - np.float64(hi))
+        store(scratch, _SCALE + i, at(rstds, group))
+        store(scratch, _GAIN + i, 1.0 if by_row else load(weight, (first + i) // g.inner % g.size))
 
 
 @scalar
@@ -58,19 +59,22 @@ def _chunk_sums(sums, scratch, dy, x, weight, gradients, g, k0, first, width, ch
     `sums` holds the first sum of every lane, then (from TILE on) the second.
     """
     for i in range(2 * TILE):
-        sums[i] = 0.0
-    zero = lane(x, 0.0)
+        store(sums, i, 0.0)
     no = no_lanes(x)
     r_start = chunk * g.chunk_rows
     r_stop = min(r_start + g.chunk_rows, g.rows)
     tail = min(max(g.tail - first, 0), width) if chunk == g.chunks - 1 else 0
-    rows = r_stop - r_start + (1 if tail > 0 else 0)
-    for block in range(0, rows, FLUSH_ROWS):
-        for i in range(width):
-            scratch[_A + i] = zero
-            scratch[_B + i] = zero
-        for r in range(r_start + block, r_start + min(block + FLUSH_ROWS, rows)):
+    stop = r_stop + (1 if tail > 0 else 0)
+    for block in range(r_start, stop, FLUSH_ROWS):
+        for i in range(0, width, width_of(no)):
+            store_lanes(no, scratch, _A + i)
+            store_lanes(no, scratch, _B + i)
+        block_stop = min(block + FLUSH_ROWS, stop)
+        r = block
+        while r < block_stop:
             wide = tail if r == r_stop else width
+            # Several rows at once, so that what belongs to a lane is loaded once for all of them.
+            together = 1 if by_row else max(1, min(TOGETHER, min(block_stop, r_stop) - r))
             x_at = g.x_start + k0 * g.x_K0 + r * g.x_R0 + first
             dy_at = g.y_start + k0 * g.y_K0 + r * g.y_R0 + first
             channel = 0
@@ -78,26 +82,34 @@ def _chunk_sums(sums, scratch, dy, x, weight, gradients, g, k0, first, width, ch
             if by_row:
                 channel = (k0 * g.rows + r) * g.lanes // g.inner % g.size
                 w = all_lanes(no, load(weight, channel))
-            a = b = no
+            row_a = row_b = no
             for i in range(0, wide, width_of(no)):
                 rest = wide - i
-                d = load_some(no, dy, dy_at + i, rest)
-                h = load_some(no, x, x_at + i, rest) - load_lanes(no, scratch, _HI + i)
-                h = (h - load_lanes(no, scratch, _LO + i)) * load_lanes(no, scratch, _SCALE + i)
-                if by_row:
-                    if rest < width_of(no):
-                        h = choose(first_lanes(no, rest), h)
+                hi = load_lanes(no, scratch, _HI + i)
+                lo = load_lanes(no, scratch, _LO + i)
+                scale = load_lanes(no, scratch, _SCALE + i)
+                a = load_lanes(no, scratch, _A + i)
+                b = load_lanes(no, scratch, _B + i)
+                for t in range(together):
+                    d = load_some(no, dy, dy_at + t * g.y_R0 + i, rest)
+                    h = ((load_some(no, x, x_at + t * g.x_R0 + i, rest) - hi) - lo) * scale
+                    if by_row:
+                        if rest < width_of(no):
+                            h = choose(first_lanes(no, rest), h)
+                        row_a = row_a + d
+                        row_b = fused(d, h, row_b)
+                        d = d * w
                     a = a + d
                     b = fused(d, h, b)
-                    d = d * w
-                store_lanes(load_lanes(no, scratch, _A + i) + d, scratch, _A + i)
-                store_lanes(fused(d, h, load_lanes(no, scratch, _B + i)), scratch, _B + i)
+                store_lanes(a, scratch, _A + i)
+                store_lanes(b, scratch, _B + i)
             if by_row:
-                gradients[0, channel] += sum_of_lanes(b)
-                gradients[1, channel] += sum_of_lanes(a)
+                gradients[0, channel] += sum_of_lanes(row_b)
+                gradients[1, channel] += sum_of_lanes(row_a)
+            r += together
         for i in range(width):
-            sums[i] += scratch[_A + i]
-            sums[TILE + i] += scratch[_B + i]
+            store(sums, i, load(sums, i) + load(scratch, _A + i))
+            store(sums, TILE + i, load(sums, TILE + i) + load(scratch, _B + i))
 
 
 @scalar
@@ -106,25 +118,25 @@ def _close_groups(total, groups, scratch, weight, counts_of, gradients, g, k0, f
     base = first // g.R1
     for i in range(width):
         group = (first + i) // g.R1 % g.K1 - base
-        groups[group] = 0.0
-        groups[TILE + group] = 0.0
+        store(groups, group, 0.0)
+        store(groups, TILE + group, 0.0)
     for i in range(width):
         group = (first + i) // g.R1 % g.K1 - base
         w = 1.0
         if not by_row:
             channel = (first + i) // g.inner % g.size
             w = load(weight, channel)
-            gradients[0, channel] += total[TILE + i]
-            gradients[1, channel] += total[i]
-        groups[group] += w * total[i]
-        groups[TILE + group] += w * total[TILE + i]
+            gradients[0, channel] += load(total, TILE + i)
+            gradients[1, channel] += load(total, i)
+        store(groups, group, load(groups, group) + w * load(total, i))
+        store(groups, TILE + group, load(groups, TILE + group) + w * load(total, TILE + i))
     for i in range(width):
         group = (first + i) // g.R1 % g.K1
         count = at(counts_of, k0 * g.K1 + group)
         # Where nothing counts, as in inference, the statistics do not depend on x.
         share = 1.0 / count if count > 0.0 else 0.0
-        scratch[_MEAN_G + i] = groups[group - base] * share if centred else 0.0
-        scratch[_MEAN_GH + i] = groups[TILE + group - base] * share
+        store(scratch, _MEAN_G + i, load(groups, group - base) * share if centred else 0.0)
+        store(scratch, _MEAN_GH + i, load(groups, TILE + group - base) * share)
 
 
 @scalar
@@ -137,53 +149,64 @@ def _emit_chunk(scratch, dy, x, dx, mask, weight, counts_of, g, k0, first, width
     packed = g.lanes * g.rows + g.tail
     # Where dx does not depend on x, as in inference, NaN and Inf in x must not come in by a product with 0.
     fixed = counts_of.shape[0] == 1 and counts_of[0] == 0.0
-    for r in range(r_start, r_stop + (1 if tail > 0 else 0)):
+    r = r_start
+    while r < r_stop + (1 if tail > 0 else 0):
         wide = tail if r == r_stop else width
+        together = max(1, min(TOGETHER, r_stop - r))
         x_at = g.x_start + k0 * g.x_K0 + r * g.x_R0 + first
         dy_at = g.y_start + k0 * g.y_K0 + r * g.y_R0 + first
         dx_at = k0 * packed + r * g.lanes + first
-        mask_at = g.mask_start + k0 * g.mask_K0 + r * g.mask_R0 + first * g.mask_R1
-        w = all_lanes(no, lane(x, 1.0))
-        if by_row:
-            w = all_lanes(no, load(weight, (k0 * g.rows + r) * g.lanes // g.inner % g.size))
-        counted = (mask is None or g.mask_R1 != 0 or counts(mask, mask_at)) and not fixed
         head = min(until_line(dx, dx_at), wide)  # as in `rows`: vectors across two lines take twice as long to store
         i = 0
         while i < wide:
             part = min(width_of(no), wide - i)
             if i < head:
                 part = head - i
+            hi = load_lanes(no, scratch, _HI + i)
+            lo = load_lanes(no, scratch, _LO + i)
             scale = load_lanes(no, scratch, _SCALE + i)
-            h = (load_some(no, x, x_at + i, part) - load_lanes(no, scratch, _HI + i)) - load_lanes(no, scratch, _LO + i)
-            h = h * scale
-            c = fused(h, load_lanes(no, scratch, _MEAN_GH + i), load_lanes(no, scratch, _MEAN_G + i))
-            if mask is not None and g.mask_R1 != 0:
-                c = choose(marked_lanes(no, mask, mask_at + i, part), c)
-            elif not counted:
-                c = no
-            v = (load_some(no, dy, dy_at + i, part) * (w * load_lanes(no, scratch, _GAIN + i)) - c) * scale
-            if g.stream != 0 and part == width_of(no):
-                stream_lanes(v, dx, dx_at + i)
-            else:
-                store_some(v, dx, dx_at + i, part)
+            gain = load_lanes(no, scratch, _GAIN + i)
+            mean_g = load_lanes(no, scratch, _MEAN_G + i)
+            mean_gh = load_lanes(no, scratch, _MEAN_GH + i)
+            for t in range(together):
+                h = ((load_some(no, x, x_at + t * g.x_R0 + i, part) - hi) - lo) * scale
+                c = fused(h, mean_gh, mean_g)
+                if fixed:
+                    c = no
+                elif mask is not None:
+                    mask_at = g.mask_start + k0 * g.mask_K0 + (r + t) * g.mask_R0 + first * g.mask_R1
+                    if g.mask_R1 != 0:
+                        c = choose(marked_lanes(no, mask, mask_at + i, part), c)
+                    elif not counts(mask, mask_at):
+                        c = no
+                d = load_some(no, dy, dy_at + t * g.y_R0 + i, part) * gain
+                if by_row:
+                    d = d * all_lanes(no, load(weight, (k0 * g.rows + r + t) * g.lanes // g.inner % g.size))
+                to = dx_at + t * g.lanes + i
+                v = (d - c) * scale
+                if g.stream != 0 and part == width_of(no) and until_line(dx, to) == 0:
+                    stream_lanes(v, dx, to)
+                else:
+                    store_some(v, dx, to, part)
             i += part
+        r += together
     if g.stream != 0:
         settle_streams()
 
 
 @scalar
-def _backward_tile(
-    lanes_of, dy, x, dx, mask, weight, counts_of, means, rstds, gradients, g, k0, first, width, by_row, centred
-):
-    """Take one tile: sums over its rows, then dx; lanes are of the dtype of `lanes_of`."""
-    scratch = np.empty(9 * TILE, lanes_of.dtype)  # strips may start anywhere, and read a strip beyond the last
-    sums = np.empty(2 * TILE)
-    total = np.zeros(2 * TILE)
+def _backward_tile(dy, x, dx, mask, weight, counts_of, means, rstds, gradients, g, k0, first, width, by_row, centred):
+    """Take one tile: sums over its rows, then dx."""
+    scratch = room(weight, _ROOM)
+    sums = room(pointer(means), _SUMS_ROOM)
+    total = room(pointer(means), _SUMS_ROOM)
+    for i in range(2 * TILE):
+        store(total, i, 0.0)
     _spread(scratch, x, weight, means, rstds, g, k0, first, width, by_row)
     for chunk in range(g.chunks):
         _chunk_sums(sums, scratch, dy, x, weight, gradients, g, k0, first, width, chunk, by_row)
         for i in range(2 * TILE):
-            total[i] += sums[i]
+            store(total, i, load(total, i) + load(sums, i))
     _close_groups(total, sums, scratch, weight, counts_of, gradients, g, k0, first, width, by_row, centred)
     for chunk in range(g.chunks):
         _emit_chunk(scratch, dy, x, dx, mask, weight, counts_of, g, k0, first, width, chunk, by_row)
@@ -205,7 +228,6 @@ def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradi
         first = (item if by_row else unit) % tiles * g.tile
         width = min(g.tile, g.lanes - first)
         _backward_tile(
-            weight,
             p_dy,
             p_x,
             p_dx,
@@ -240,14 +262,14 @@ def _sum_unit(unit, dy, x, weight, counts_of, means, rstds, table, geometry):
     chunk = unit % g.chunks
     first = tile * g.tile
     width = min(g.tile, g.lanes - first)
-    scratch = np.empty(9 * TILE, weight.dtype)
-    sums = np.empty(2 * TILE)
     p_dy, p_x, p_weight = pointer(dy), pointer(x), pointer(weight)
+    scratch = room(p_weight, _ROOM)
+    sums = room(pointer(means), _SUMS_ROOM)
     _spread(scratch, p_x, p_weight, means, rstds, g, 0, first, width, False)
     _chunk_sums(sums, scratch, p_dy, p_x, p_weight, table[0, 0], g, 0, first, width, chunk, False)
     for i in range(width):
-        table[tile, chunk, 0, i] = sums[i]
-        table[tile, chunk, 1, i] = sums[TILE + i]
+        table[tile, chunk, 0, i] = load(sums, i)
+        table[tile, chunk, 1, i] = load(sums, TILE + i)
 
 
 @Kernel
@@ -264,14 +286,16 @@ def _emit_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, table, gr
     tile = unit % tiles
     first = tile * g.tile
     width = min(g.tile, g.lanes - first)
-    scratch = np.empty(9 * TILE, weight.dtype)
-    groups = np.empty(2 * TILE)
-    total = np.zeros(2 * TILE)
+    p_dy, p_x, p_dx, p_mask, p_w = pointer(dy), pointer(x), pointer(dx), pointer(mask), pointer(weight)
+    scratch = room(p_w, _ROOM)
+    groups = room(pointer(means), _SUMS_ROOM)
+    total = room(pointer(means), _SUMS_ROOM)
+    for i in range(2 * TILE):
+        store(total, i, 0.0)
     for chunk in range(g.chunks):
         for i in range(width):
-            total[i] += table[tile, chunk, 0, i]
-            total[TILE + i] += table[tile, chunk, 1, i]
-    p_dy, p_x, p_dx, p_mask, p_w = pointer(dy), pointer(x), pointer(dx), pointer(mask), pointer(weight)
+            store(total, i, load(total, i) + table[tile, chunk, 0, i])
+            store(total, TILE + i, load(total, TILE + i) + table[tile, chunk, 1, i])
     _spread(scratch, p_x, p_w, means, rstds, g, 0, first, width, False)
     # Every chunk closes the groups for itself; the first alone adds to the gradients.
     own = gradients if unit // tiles == 0 else np.zeros(gradients.shape)

@@ -311,7 +311,9 @@ class Judge:
         )
         limit = RANGE[self.lane]
         judged = np.abs(dx) < limit
-        for part in (g, d, h, g * h) if fixed else (self.x, g, d, h, d * h, g * h, h * mean_gh, self.rstd, 1 / self.rstd):
+        for part in (
+            (g, d, h, g * h) if fixed else (self.x, g, d, h, d * h, g * h, h * mean_gh, self.rstd, 1 / self.rstd)
+        ):
             judged = judged & (np.abs(part) < limit)
         if not fixed:
             judged = judged.all(axes, keepdims=True)

@@ -136,7 +136,8 @@ def spoil(r: Random, case: Case) -> bool:
         new = r.choice(wrong)
     elif name in ("mask", "mask2"):
         x = a["x"]
-        shape = np.from_dlpack(x).shape if hasattr(x, "__dlpack__") else x.shape if hasattr(x, "shape") else np.shape(x)
+        exported = hasattr(x, "__dlpack__") and not hasattr(x, "shape")
+        shape = np.from_dlpack(x).shape if exported else x.shape if hasattr(x, "shape") else np.shape(x)
         wrong = [np.ones(np.shape(value), kind) for kind in (np.uint8, np.float32, object)]
         wrong += [np.ones((2, *shape), bool), np.ones((*shape, shape[-1] + 2 if shape else 2), bool), Device(), "mask"]
         wrong += [np.ma.masked_array(np.ones(shape, bool)), [[True], [True, False]]]
