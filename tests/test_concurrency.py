@@ -105,9 +105,11 @@ def test_one_layer_object_in_inference(layer: str) -> None:
 from concurrent.futures import ThreadPoolExecutor
 norms = [nn.BatchNorm(16).eval(), nn.LayerNorm(24), nn.GroupNorm(4, 16), nn.InstanceNorm(16), nn.RMSNorm(24)]
 norms = [norm.eval() for norm in norms]
-first = [norm(xs[1]).tobytes() for norm in norms]
+first = [[norm(x).tobytes() for norm in norms] for x in xs]
 def same(i):
-    return all(norm(xs[1]).tobytes() == one for norm, one in zip(norms, first))
+    "Half of the threads share one array, the others have theirs."
+    which = i % 4 if i % 2 else 0
+    return [norm(xs[which]).tobytes() for norm in norms] == first[which]
 with ThreadPoolExecutor(8) as pool:
     assert all(pool.map(same, range(24)))
 print("ok")
@@ -199,17 +201,62 @@ if __name__ == "__main__":
 """
 
 
+def run_script(layer: str, code: str, script: Path) -> str:
+    """Run code as `run_on` does, from a file: processes that are started afresh find its functions there."""
+    script.write_text(PRELUDE + code)
+    starter = f"import subprocess, sys; sys.exit(subprocess.run([sys.executable, {str(script)!r}]).returncode)"
+    return run(starter, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2")
+
+
 @every_layer
 @pytest.mark.parametrize("method", [pytest.param("fork", marks=needs_fork), "spawn", "forkserver"])
 def test_multiprocessing(layer: str, method: str, tmp_path: Path) -> None:
     if method == "forkserver" and not hasattr(os, "fork"):
         pytest.skip("needs fork")
-    script = tmp_path / "script.py"
-    script.write_text(PRELUDE + START.format(method=method))
-    code = f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
-    if method != "fork":  # which find functions by the name of a module that is a file
-        code = f"import subprocess, sys; sys.exit(subprocess.run([sys.executable, {str(script)!r}]).returncode)"
-    assert run(code, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2") == "ok"
+    assert run_script(layer, START.format(method=method), tmp_path / "script.py") == "ok"
+
+
+NESTED = {
+    "asyncio processes": """
+import asyncio, multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+async def main():
+    loop = asyncio.get_running_loop()
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        there = [loop.run_in_executor(pool, work, x) for x in xs]
+        here = [loop.run_in_executor(None, work, x) for x in xs]  # while the processes start and work
+        return await asyncio.wait_for(asyncio.gather(*there, *here), 200)
+if __name__ == "__main__":
+    assert asyncio.run(main()) == expected * 2
+    print("ok")
+""",
+    "distributed": """
+from concurrent.futures import ThreadPoolExecutor
+def task(x):
+    "Be one of four tasks of a worker process at once, with threads of its own."
+    with ThreadPoolExecutor(2) as pool:
+        return os.getpid(), *pool.map(work, (x, x))
+if __name__ == "__main__":
+    from distributed import Client, LocalCluster
+    options = {"n_workers": 1, "threads_per_worker": 4, "processes": True}
+    with LocalCluster(**options, dashboard_address=None, host="127.0.0.1") as cluster, Client(cluster) as client:
+        found = client.gather(client.map(task, xs), errors="raise")
+    (worker,) = {one[0] for one in found}
+    assert worker != os.getpid()
+    assert [one[1:] for one in found] == [(one, one) for one in expected]
+    print("ok")
+""",
+}
+
+
+@pytest.mark.parametrize("how", NESTED)
+@pytest.mark.parametrize("layer", ["omp", "workqueue"])
+def test_executors_of_processes(layer: str, how: str, tmp_path: Path) -> None:
+    """Event loops and schedulers that hand calls on to processes, which have threads of their own."""
+    pytest.importorskip(how.split()[0])
+    if layer == "omp" and not has_omp():
+        pytest.skip("Numba has no OpenMP")
+    assert run_script(layer, NESTED[how], tmp_path / "script.py") == "ok"
 
 
 @every_layer
@@ -308,7 +355,6 @@ norm, instance = nn.BatchNorm(64), nn.InstanceNorm(64, affine=True, track_runnin
 x = np.ones((64, 64, 64, 64), np.float32)
 norm(x[:2]), instance(x[:2])
 before = [[a.tobytes() for a in layer.state_dict().values()] for layer in (norm, instance)]
-large = np.broadcast_to(x, (64, *x.shape)).reshape(-1, 64, 64, 64)[:0]  # nothing: the mapping below is the input
 mapped = np.lib.stride_tricks.as_strided(x, (4096, 64, 64, 64), (0, *x.strides[1:]))  # 4 GiB, if it were all there
 used = int(open("/proc/self/statm").read().split()[0]) * 4096
 resource.setrlimit(resource.RLIMIT_AS, (used + (512 << 20), resource.RLIM_INFINITY))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from processes import run
 
 import numbanorm as nn
 from numbanorm.pool import ALIGNMENT, SMALLEST, Pool, limit_from
@@ -120,6 +119,33 @@ def test_garbage_that_is_collected_inside_the_pool(pool: Pool) -> None:
     assert not pool._returned
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_fork_while_a_thread_is_inside_the_pool() -> None:
+    """The lock that this thread holds is free in the child, which would wait for it without end."""
+    code = """
+import os, signal, threading
+import numpy as np
+from numbanorm.pool import POOL
+inside, done = threading.Event(), threading.Event()
+def hold():
+    with POOL._lock:
+        inside.set()
+        done.wait()
+thread = threading.Thread(target=hold)
+thread.start()
+inside.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    POOL.empty((1 << 23,), np.dtype(np.uint8))
+    os._exit(0)
+print(os.waitpid(child, 0)[1])
+done.set()
+thread.join()
+"""
+    assert run(code) == "0"
+
+
 def test_threads(pool: Pool) -> None:
     wrong = []
 
@@ -173,6 +199,4 @@ def test_wrong_limits(text: str) -> None:
 @pytest.mark.parametrize(("value", "owns"), [("0", True), ("64M", False)])
 def test_the_environment_switches_it(value: str, owns: bool) -> None:
     code = "import numpy as np, numbanorm as nn; print(nn.layer_norm(np.ones((1024, 1024)), 1024).flags.owndata)"
-    environment = {**os.environ, "NUMBANORM_POOL": value}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == str(owns)
+    assert run(code, NUMBANORM_POOL=value) == str(owns)

@@ -11,8 +11,9 @@ from typing import Any
 import numba
 import numpy as np
 import pytest
+import reference
 from processes import run
-from reference import error, layer_norm, normal
+from reference import error, normal
 from tolerances import FLOAT32
 
 import numbanorm as nn
@@ -59,35 +60,35 @@ def rms(x: np.ndarray, axis: int, **more: Any) -> Any:
 
 
 # Each of 2**17 elements or more: from there on kernels run in parallel.
-CASES: dict[str, tuple[tuple[int, ...], Callable[..., Any]]] = {
+CASES: dict[str, tuple[tuple[int, ...], Callable[..., Any], tuple[int, ...]]] = {
     # many groups: one group at a time
-    "layer": ((512, 768), lambda x, **o: layer(x, -1, **o)),
-    "rms": ((512, 768), lambda x, **o: rms(x, -1, **o)),
-    "batch": ((16, 32, 20, 20), batch),
-    "instance": ((16, 32, 20, 20), instance),
-    "group": ((16, 32, 20, 20), lambda x, **o: group(x, 8, **o)),
+    "layer": ((512, 768), layer, (-1,)),
+    "rms": ((512, 768), rms, (-1,)),
+    "batch": ((16, 32, 20, 20), batch, ()),
+    "instance": ((16, 32, 20, 20), instance, ()),
+    "group": ((16, 32, 20, 20), group, (8,)),
     # few huge groups: chunks of one group at a time
-    "layer, one row": ((1, 300_001), lambda x, **o: layer(x, -1, **o)),
-    "layer, everything": ((37, 90, 70), lambda x, **o: layer(x, 0, 1, 2, **o)),
-    "rms, one row": ((1, 300_001), lambda x, **o: rms(x, -1, **o)),
-    "batch, one channel": ((40, 1, 90, 90), batch),
-    "instance, one of each": ((1, 1, 500, 500), instance),
-    "group, one group": ((1, 16, 150, 150), lambda x, **o: group(x, 1, **o)),
+    "layer, one row": ((1, 300_001), layer, (-1,)),
+    "layer, everything": ((37, 90, 70), layer, (0, 1, 2)),
+    "rms, one row": ((1, 300_001), rms, (-1,)),
+    "batch, one channel": ((40, 1, 90, 90), batch, ()),
+    "instance, one of each": ((1, 1, 500, 500), instance, ()),
+    "group, one group": ((1, 16, 150, 150), group, (1,)),
     # columns: many tiles
-    "batch, channels last": ((8, 20, 20, 700), lambda x, **o: batch(x, -1, **o)),
-    "batch, no space": ((300, 1500), batch),
-    "batch, short space": ((200, 100, 9), batch),
-    "instance, channels last": ((16, 20, 20, 64), lambda x, **o: instance(x, -1, **o)),
-    "group, channels last": ((16, 20, 20, 64), lambda x, **o: group(x, 8, -1, **o)),
-    "layer, channels first": ((16, 64, 20, 20), lambda x, **o: layer(x, 1, **o)),
-    "rms, channels first": ((16, 64, 20, 20), lambda x, **o: rms(x, 1, **o)),
+    "batch, channels last": ((8, 20, 20, 700), batch, (-1,)),
+    "batch, no space": ((300, 1500), batch, ()),
+    "batch, short space": ((200, 100, 9), batch, ()),
+    "instance, channels last": ((16, 20, 20, 64), instance, (-1,)),
+    "group, channels last": ((16, 20, 20, 64), group, (8, -1)),
+    "layer, channels first": ((16, 64, 20, 20), layer, (1,)),
+    "rms, channels first": ((16, 64, 20, 20), rms, (1,)),
     # columns: few tiles, chunks of rows
-    "batch, channels last, narrow": ((64, 60, 60, 3), lambda x, **o: batch(x, -1, **o)),
-    "batch, channels last, folded to one tile": ((32768, 6), batch),
-    "instance, channels last, narrow": ((1, 300, 300, 3), lambda x, **o: instance(x, -1, **o)),
-    "group, channels last, one sample": ((1, 70, 70, 96), lambda x, **o: group(x, 32, -1, **o)),
-    "group, channels last, one group": ((1, 70, 70, 30), lambda x, **o: group(x, 1, -1, **o)),
-    "layer, channels first, one sample": ((1, 2000, 10, 10), lambda x, **o: layer(x, 1, **o)),
+    "batch, channels last, narrow": ((64, 60, 60, 3), batch, (-1,)),
+    "batch, channels last, folded to one tile": ((32768, 6), batch, ()),
+    "instance, channels last, narrow": ((1, 300, 300, 3), instance, (-1,)),
+    "group, channels last, one sample": ((1, 70, 70, 96), group, (32, -1)),
+    "group, channels last, one group": ((1, 70, 70, 30), group, (1, -1)),
+    "layer, channels first, one sample": ((1, 2000, 10, 10), layer, (1,)),
 }
 every_case = pytest.mark.parametrize("case", CASES)
 
@@ -100,38 +101,36 @@ def data(shape: tuple[int, ...]) -> np.ndarray:
 
 
 @needs_two
-@every_case
 class TestSameBits:
+    @every_case
     def test_input(self, case: str) -> None:
-        shape, call = CASES[case]
+        shape, norm, options = CASES[case]
         x = data(shape)
         assert x.size >= 2**17
         digests = set()
         for n in (1, 2, 1, 2):
             nn.set_num_threads(n)
-            digests.add(digest(call(x)))
+            digests.add(digest(norm(x, *options)))
         assert len(digests) == 1
 
+    @pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("rms")])
     def test_mask(self, case: str) -> None:
-        if case.startswith("rms"):
-            return
-        shape, call = CASES[case]
+        shape, norm, options = CASES[case]
         x, mask = data(shape), np.random.default_rng(0).random(shape) < 0.7
         digests = set()
         for n in (1, 2):
             nn.set_num_threads(n)
-            digests.add(digest(call(x, mask=mask)))
+            digests.add(digest(norm(x, *options, mask=mask)))
         assert len(digests) == 1
 
+    @pytest.mark.parametrize("case", [case for case in CASES if case.startswith(("layer", "rms"))])
     def test_residual(self, case: str) -> None:
-        if not case.startswith(("layer", "rms")):
-            return
-        shape, call = CASES[case]
+        shape, norm, options = CASES[case]
         x, residual = data(shape), normal(5, shape)
         digests = set()
         for n in (1, 2):
             nn.set_num_threads(n)
-            digests.add(digest(call(x, residual=residual)))
+            digests.add(digest(norm(x, *options, residual=residual)))
         assert len(digests) == 1
 
 
@@ -147,25 +146,35 @@ def test_same_bits_in_evaluation() -> None:
         assert len(digests) == 1
 
 
+def expected(norm: Callable[..., Any], x: np.ndarray, *options: int) -> tuple[np.ndarray, ...]:
+    """Return what one of the functions above must return, from the definition."""
+    if norm in (layer, rms):
+        lengths = tuple(x.shape[a] for a in options)
+        weight, bias = normal(1, lengths), normal(2, lengths)
+        if norm is rms:
+            true = reference.rms_norm(x, options, weight)
+            return true.y, true.rstd
+        true = reference.layer_norm(x, options, weight, bias)
+        return true.y, true.mean, true.rstd
+    *groups, axis = options if len(options) > (norm is group) else (*options, 1)
+    c = x.shape[axis]
+    if norm is group:
+        true = reference.group_norm(x, *groups, *affine(c), channel_axis=axis)
+        return true.y, true.mean, true.rstd
+    function = reference.batch_norm if norm is batch else reference.instance_norm
+    true = function(x, np.zeros(c), np.ones(c), *affine(c), True, channel_axis=axis)
+    return true.y, true.mean, true.rstd, true.running_mean, true.running_var
+
+
 @every_case
 def test_values_in_parallel(case: str, threads: int) -> None:
-    """Both twins against float64 statistics, by undoing weight and bias nowhere: through plain calls of NumPy."""
-    shape, call = CASES[case]
+    """Both twins: results, statistics and running statistics."""
+    shape, norm, options = CASES[case]
     x = data(shape)
-    y, *statistics = call(x)
-    rstd = statistics[0] if case.startswith("rms") else statistics[1]
-    assert np.isfinite(y).all()
-    if case == "layer, one row":
-        expected = layer_norm(x, (1,), normal(1, (x.shape[1],)), normal(2, (x.shape[1],)))
-        assert error(y, expected.y) <= FLOAT32
-        np.testing.assert_allclose(rstd, expected.rstd, 1e-6)
-    kept = {
-        "batch": lambda: tuple(a for a in range(x.ndim) if a != (x.ndim - 1 if "last" in case else 1)),
-        "instance": lambda: (1, 2) if "last" in case else (2, 3),
-    }.get(case.split(",")[0])
-    if kept is not None:
-        np.testing.assert_allclose(rstd, 1 / np.sqrt(x.var(kept(), dtype=np.float64) + 1e-5), 1e-6)
-        np.testing.assert_allclose(statistics[0], x.mean(kept(), dtype=np.float64), 1e-8)
+    found, true = norm(x, *options), expected(norm, x, *options)
+    assert error(found[0], true[0]) <= FLOAT32
+    for statistic, correct in zip(found[1:], true[1:], strict=True):
+        np.testing.assert_allclose(statistic, correct, 1e-6, 1e-8)
 
 
 BATCHED: dict[str, tuple[tuple[int, ...], Callable[..., Any]]] = {
@@ -300,14 +309,14 @@ def has_omp() -> bool:
 
 
 def test_python_threads_on_small_arrays() -> None:
-    """Serial kernels hold no lock and share no scratch memory."""
-    xs = [normal(i, (20 + i, 300)) for i in range(8)]
-    expected = [(nn.layer_norm(x, 300), nn.batch_norm(x, training=True)) for x in xs]
+    """Serial kernels hold no lock, and share no memory between calls on arrays of one shape."""
+    xs = [normal(i, (20, 300)) for i in range(8)]
 
-    def work(i: int) -> bool:
-        x = xs[i % 8]
-        a, b = nn.layer_norm(x, 300), nn.batch_norm(x, training=True)
-        return np.array_equal(a, expected[i % 8][0]) and np.array_equal(b, expected[i % 8][1])
+    def results(x: np.ndarray) -> list[bytes]:
+        y, mean, rstd = nn.batch_norm(x, training=True, return_stats=True)
+        return [array.tobytes() for array in (nn.layer_norm(x, 300), y, mean, rstd)]
 
+    expected = [results(x) for x in xs]
+    assert len({each[0] for each in expected}) == 8
     with ThreadPoolExecutor(4) as pool:
-        assert all(pool.map(work, range(400)))
+        assert all(pool.map(lambda i: results(xs[i % 8]) == expected[i % 8], range(400)))
