@@ -153,6 +153,7 @@ def run_tracked(
     running.check_writeable(running_mean, running_var)
     share = check_momentum(momentum)
     parts = call.parts().compute()
-    running.update(np.stack([parts[name] for name in ("count", "mean", "m2")]), share)
     stats = call.statistics(da.from_array(parts, chunks=-1), eps)
-    return _results(call.apply(stats, bound=False), stats if return_stats else None)
+    result = _results(call.apply(stats, bound=False), stats if return_stats else None)
+    running.update(np.stack([parts[name] for name in ("count", "mean", "m2")]), share)
+    return result

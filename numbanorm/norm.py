@@ -375,8 +375,11 @@ def _placed(value: Any, device: str) -> Any:
 
 
 def _any_counts(mask: Any) -> bool:
-    """Tell whether a mask, checked before, lets anything in; a dask array is computed for that."""
-    return mask is None or bool(np.any(mask if uses_dask(mask) else arrays.as_array(mask, "mask")))
+    """Tell whether a mask lets anything in; a dask array is computed for that. What is no mask the call will refuse."""
+    if mask is None:
+        return True
+    array = mask if uses_dask(mask) else arrays.as_array(mask, "mask")
+    return array.dtype == np.bool_ and bool(np.any(array))
 
 
 class _Channelwise(Norm):
@@ -402,8 +405,8 @@ class _Channelwise(Norm):
     def reset_running_stats(self) -> None:
         """Set the running statistics back to mean 0, variance 1 and no batches."""
         if self.track_running_stats:
-            self.running_mean = _placed(np.zeros(self._shape, np.float32), self.device)
-            self.running_var = _placed(np.ones(self._shape, np.float32), self.device)
+            both = np.zeros(self._shape, np.float32), np.ones(self._shape, np.float32)
+            self.running_mean, self.running_var = [_placed(one, self.device) for one in both]
             self.num_batches_tracked = 0
 
     def _layout(self, shape: tuple[int, ...]) -> Layout:
@@ -423,6 +426,7 @@ class _Channelwise(Norm):
         if update:
             momentum = 1.0 / (tracked + 1) if self.momentum is None else self.momentum  # type: ignore[operator]
         mean, var = (self.running_mean, self.running_var) if update or not from_input else (None, None)
+        counts = update and source.size > 0 and _any_counts(mask)  # before the call: nothing may fail after it
         function = batch_norm if self.kind == "batch" else instance_norm
         result = function(
             x,
@@ -438,7 +442,7 @@ class _Channelwise(Norm):
             out=out,
             return_stats=return_stats,
         )
-        if update and source.size > 0 and _any_counts(mask):
+        if counts:
             self.num_batches_tracked = tracked + 1  # type: ignore[operator]
         return result
 

@@ -406,13 +406,13 @@ def test_true_is_not_one_where_one_is_known() -> None:
     x = np.ones((5, 1), np.float32)
     nn.layer_norm(x, (1,))
     nn.layer_norm(x, 1, axis=(1,))
-    with pytest.raises(TypeError, match="normalized_shape: expected .*got .*bool"):
+    with pytest.raises(TypeError, match=r"normalized_shape: expected .*got .*bool"):
         nn.layer_norm(x, (True,))
-    with pytest.raises(TypeError, match="normalized_shape: expected .*got .*float"):
+    with pytest.raises(TypeError, match=r"normalized_shape: expected .*got .*float"):
         nn.layer_norm(x, (1.0,))
-    with pytest.raises(TypeError, match="axis: expected .*got .*bool"):
+    with pytest.raises(TypeError, match=r"axis: expected .*got .*bool"):
         nn.layer_norm(x, 1, axis=(True,))
     _, mean, rstd = nn.layer_norm(x, (1,), return_stats=True)
     nn.layer_norm_backward(x, x, (1,), mean, rstd)
-    with pytest.raises(TypeError, match="normalized_shape: expected .*got .*bool"):
+    with pytest.raises(TypeError, match=r"normalized_shape: expected .*got .*bool"):
         nn.layer_norm_backward(x, x, (True,), mean, rstd)
