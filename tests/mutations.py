@@ -23,8 +23,16 @@ MUTATIONS = [
     ("cpu/rows.py", "FLOAT32_SAFE = 1e30", "FLOAT32_SAFE = 1e45"),
     ("cpu/rows.py", "pivot + sum_of_lanes(s) / n", "pivot + sum_of_lanes(s) / (n + 1)"),
     ("cpu/rows.py", "channel = (flat + done) // g.inner % g.size", "channel = flat // g.inner % g.size"),
+    (  # of the two vectors of a short run, the first is written before the second is read
+        "cpu/rows.py",
+        "last = fused((load_lanes(hi, x, a + end) - hi) - lo, gain, shift)\n        store_lanes(first, y, b)",
+        "store_lanes(first, y, b)\n        last = fused((load_lanes(hi, x, a + end) - hi) - lo, gain, shift)",
+    ),
     ("cpu/columns.py", "_EXACT = 0, 3 * TILE, 6 * TILE, 9 * TILE", "_EXACT = 0, 3 * TILE, 6 * TILE, 8 * TILE"),
-    ("cpu/columns.py", "params[_LO + i] = mean - np.float64(hi)", "params[_LO + i] = 0.0"),
+    ("cpu/columns.py", "store(params, _LO + i, mean - np.float64(hi))", "store(params, _LO + i, 0.0)"),
+    ("cpu/columns.py", "first = head % lanes", "first = 0"),
+    ("cpu/columns.py", "chunk = unit // tiles % pieces * g.piece_chunks", "chunk = unit // tiles % pieces"),
+    ("cpu/columns.py", "stop = min(chunk + g.piece_chunks, g.chunks)", "stop = min(chunk + 1, g.chunks)"),
     ("cpu/columns.py", "fused(dd, dd, fused(dc, dc", "fused(dc, dd, fused(dc, dc"),
     ("cpu/rows_backward.py", "return total * (1.0 / count)", "return total * (1.0 / (count + 1.0))"),
     ("cpu/columns_backward.py", "gradients[0, channel] += total[TILE + i]", "gradients[0, channel] = total[TILE + i]"),
@@ -60,7 +68,8 @@ def main() -> int:
             seen = caught(site)
             path.write_text(text)
             missed += not seen
-            print(f"{'caught' if seen else 'MISSED'}: {name}: {old} -> {new}", flush=True)
+            change = f"{old} -> {new}".replace("\n        ", "; ")
+            print(f"{'caught' if seen else 'MISSED'}: {name}: {change}", flush=True)
     print(f"{len(MUTATIONS) - missed} of {len(MUTATIONS)} mutations were caught")
     return min(missed, 1)
 

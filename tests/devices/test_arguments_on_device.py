@@ -73,6 +73,24 @@ class TestMixes:
         with pytest.raises(TypeError, match=f"{name}: expected a CUDA array, as x is, got ndarray in host memory"):
             nn.batch_norm_backward(**given)
 
+    @pytest.mark.parametrize(
+        ("changed", "kind", "message"),
+        [
+            ({"dy": X[:3]}, ValueError, r"dy: expected the shape of x, \(4, 6\), got \(3, 6\)"),
+            ({"dy": X.astype(np.int32)}, TypeError, "dy: expected a float dtype, got int32"),
+            ({"mean": None}, (TypeError, ValueError), "mean: expected .*, got"),
+            ({"mean": np.zeros((4, 1))}, ValueError, r"mean: expected shape \(6,\), got \(4, 1\)"),
+            ({"rstd": np.ones(6, np.int64)}, TypeError, "rstd: expected a float dtype, got int64"),
+        ],
+    )
+    def test_backward_of_what_does_not_fit(self, changed: dict[str, Any], kind: type[Exception], message: str) -> None:
+        given = {"dy": X, "x": X, "mean": np.zeros(6), "rstd": np.ones(6)} | changed
+        on_device = {name: None if value is None else Foreign(value) for name, value in given.items()}
+        for arguments in (given, on_device):
+            with pytest.raises(kind, match=message):
+                nn.batch_norm_backward(**arguments)
+        assert not LAUNCHES
+
     def test_another_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
         weight = Foreign(np.ones(6, np.float32))
         address = weight.span.address
@@ -104,6 +122,14 @@ class TestInterface:
             TypeError, match="x: expected an array in host memory or in CUDA memory, got one at the addr"
         ):
             nn.layer_norm(x, 6)
+
+    def test_address_of_no_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def unknown(address: int) -> int:
+            raise ValueError(f"expected an address of CUDA memory, got {address:#x} (CUDA_ERROR_INVALID_VALUE)")
+
+        monkeypatch.setattr(devices, "device_of", unknown)  # what it says where the driver does not know the address
+        with pytest.raises(ValueError, match="x: expected an address of CUDA memory, got 0x"):
+            nn.layer_norm(Foreign(X), 6)
 
     def test_read_only_out(self) -> None:
         with pytest.raises(ValueError, match="out: expected a writeable array, got a read-only one"):
