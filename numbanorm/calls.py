@@ -144,7 +144,7 @@ class Call:
     def _nothing(self, eps: float) -> np.ndarray:
         """Return the statistics of no elements: mean 0, variance 0."""
         stats = np.zeros((4, self.plan.layout.groups))
-        with np.errstate(divide="ignore"):
+        with np.errstate(all="ignore"):
             stats[RSTD] = 1.0 / np.sqrt(np.float64(eps))
         if self._total is not None and self._residual is not None:
             np.add(self._source, self._residual, out=self._total)
@@ -201,7 +201,7 @@ class _Running:
             np.sqrt(rstd, out=rstd)
             np.reciprocal(rstd, out=rstd)
         else:  # zero, negative or NaN: as arithmetic has it, without a warning
-            with np.errstate(divide="ignore", invalid="ignore"):
+            with np.errstate(all="ignore"):
                 np.reciprocal(np.sqrt(rstd, out=rstd), out=rstd)
         return stats
 

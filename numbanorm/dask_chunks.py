@@ -292,7 +292,7 @@ def _merge(parts: np.ndarray, axis: Any, keepdims: bool) -> np.ndarray:
         count, total = rows["count"], rows["count"].sum(-1)
         share = count / np.maximum(total, 1)[..., None]
         pivot = np.take_along_axis(rows, count.argmax(-1)[..., None], -1)
-        with np.errstate(invalid="ignore", over="ignore"):  # Inf and NaN among the elements
+        with np.errstate(all="ignore"):  # Inf and NaN among the elements
             delta = np.where(count > 0, (rows["mean"] - pivot["mean"]) + (rows["low"] - pivot["low"]), 0)
             shift = (share * delta).sum(-1)
             merged["count"] = total
@@ -316,7 +316,7 @@ def _rstd(parts: np.ndarray, eps: float, centred: bool) -> np.ndarray:
     square = parts["m2"] / np.maximum(parts["count"], 1)
     if not centred:
         square = square + parts["mean"] ** 2
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
         return np.asarray(1.0 / np.sqrt(square + eps))
 
 

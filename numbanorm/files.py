@@ -453,7 +453,7 @@ class _Work:
         lengths = [1 if a in self._measured else _length(s) for a, s in enumerate(tile)]
         mean = np.reshape(moments.mean, lengths)
         var = np.reshape(moments.var(), lengths)
-        with np.errstate(invalid="ignore", over="ignore"):  # Inf and NaN among the elements
+        with np.errstate(all="ignore"):  # Inf and NaN among the elements
             if self._groups is not None and self._along[0] not in self._measured:
                 mean, var = _of_groups(mean, var, self._along[0], self._channels)
             return mean, _rstd(var + mean * mean if self._norm == "rms" else var, self._eps)
@@ -471,7 +471,7 @@ def _of_groups(mean: np.ndarray, var: np.ndarray, channel: int, size: int) -> tu
 
 
 def _rstd(var: np.ndarray, eps: float) -> np.ndarray:
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
         return np.asarray(1.0 / np.sqrt(np.asarray(var, np.float64) + eps))
 
 

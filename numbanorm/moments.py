@@ -136,7 +136,7 @@ class Moments:
             raise ValueError(f"x: expected moments of shape {self._mean.shape}, got {mean.shape}")
         total = self._count + count
         share = np.divide(count, total, out=np.zeros(np.shape(total)), where=total > 0)
-        with np.errstate(invalid="ignore", over="ignore"):  # Inf and NaN among the elements, as in NumPy's own mean
+        with np.errstate(all="ignore"):  # Inf and NaN among the elements, as in NumPy's own mean
             delta = np.where((self._count > 0) & (count > 0), (mean - self._mean) + (low - self._low), 0.0)
             seen = self._count > 0
             merged, rest = _two_sum(np.where(seen, self._mean, mean), delta * share)
@@ -227,11 +227,11 @@ def _precise(x: Any, axis: tuple[int, ...] | None, mask: Any) -> _Parts:
     if form.lane != np.float64:
         return count, mean, m2, low
     some = np.maximum(count, 1)
-    with np.errstate(invalid="ignore", over="ignore"):
+    with np.errstate(all="ignore"):
         far = np.abs(mean) > _FAR * np.sqrt(m2 / some)
     if far.any():
         rest, squares = _deviations(source, mean, axis, mask)
-        with np.errstate(invalid="ignore", over="ignore"):
+        with np.errstate(all="ignore"):
             left = rest / some
             far &= np.isfinite(squares)
             m2 = np.where(far, squares - left * rest, m2)
@@ -252,7 +252,7 @@ def _deviations(
     for start in range(0, x.shape[along], step):
         part = (*[slice(None)] * along, slice(start, start + step))
         where: Any = True if counted is None else counted[part]
-        with np.errstate(invalid="ignore", over="ignore"):
+        with np.errstate(all="ignore"):
             rest = np.subtract(x[part], spread, dtype=np.float64)
             sums[0][...] += rest.sum(axes, where=where)
             sums[1][...] += np.square(rest, out=rest).sum(axes, where=where)

@@ -177,7 +177,7 @@ class QuickBackward:
         dx = _empty(x.shape, self._result)
         flat_mean = mean.reshape(-1) if self._centred else _NO_MEAN
         both = self._backward(dy.reshape(-1), x.reshape(-1), dx.reshape(-1), weight, flat_mean, rstd.reshape(-1))
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(all="ignore"):
             gradients = both.astype(self._lane)
         dweight = gradients[0].reshape(self._shape)
         return (dx, dweight, gradients[1].reshape(self._shape)) if self._centred else (dx, dweight)

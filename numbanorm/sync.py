@@ -114,7 +114,7 @@ def forward(layer: BatchNorm, x: Any, mask: Any, out: Any) -> tuple[Any, np.ndar
     stats = np.zeros((4, channels))
     stats[COUNT], stats[MEAN] = count, total.mean
     stats[M2] = np.where(count > 0, total.var() * count, 0.0)
-    with np.errstate(divide="ignore"):
+    with np.errstate(all="ignore"):
         stats[RSTD] = 1.0 / np.sqrt(stats[M2] / np.maximum(count, 1) + check_eps(layer.eps))
     call.apply(stats)
     if running is not None and count.any():

@@ -235,7 +235,7 @@ SMALL = {
     "AHEAD_FROM": 128,
     "SLAB_ELEMENTS": 64,
     "PARALLEL_FROM": 200,
-    "PIECE": 1024,
+    "PIECE": 256,
 }
 """What `shrink` sets, wherever a module of the backend has it."""
 

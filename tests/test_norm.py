@@ -546,3 +546,15 @@ def test_gradients_of_small_arrays_with_channels_last_in_memory(name: str, shape
     for one, other in zip(found, wanted, strict=True):
         assert one.shape == other.shape
         np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(3000, 100), (3001, 33), (40, 24, 9, 11)])
+def test_inference_in_several_pieces(shape: tuple[int, ...]) -> None:
+    """Columns are written piece by piece, of some chunks of rows each; the last piece is shorter."""
+    x = normal(0, shape)
+    mean, scale = normal(1, (shape[1],)), np.abs(normal(2, (shape[1],))) + np.float32(0.5)
+    along = (-1, *(1,) * (len(shape) - 2))
+    exact = (x.astype(np.float64) - mean.reshape(along)) / np.sqrt(scale.reshape(along).astype(np.float64) + 1e-5)
+    np.testing.assert_allclose(nn.batch_norm(x, mean, scale), exact, rtol=1e-5, atol=1e-6)
+    last = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
+    np.testing.assert_allclose(nn.batch_norm(last, mean, scale), exact, rtol=1e-5, atol=1e-6)
