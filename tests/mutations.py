@@ -23,11 +23,6 @@ MUTATIONS = [
     ("cpu/rows.py", "FLOAT32_SAFE = 1e30", "FLOAT32_SAFE = 1e45"),
     ("cpu/rows.py", "pivot + sum_of_lanes(s) / n", "pivot + sum_of_lanes(s) / (n + 1)"),
     ("cpu/rows.py", "channel = (flat + done) // g.inner % g.size", "channel = flat // g.inner % g.size"),
-    (  # of the two vectors of a short run, the first is written before the second is read
-        "cpu/rows.py",
-        "last = fused((load_lanes(hi, x, a + end) - hi) - lo, gain, shift)\n        store_lanes(first, y, b)",
-        "store_lanes(first, y, b)\n        last = fused((load_lanes(hi, x, a + end) - hi) - lo, gain, shift)",
-    ),
     ("cpu/columns.py", "_EXACT = 0, 3 * TILE, 6 * TILE, 9 * TILE", "_EXACT = 0, 3 * TILE, 6 * TILE, 8 * TILE"),
     ("cpu/columns.py", "store(params, _LO + i, mean - np.float64(hi))", "store(params, _LO + i, 0.0)"),
     ("cpu/columns.py", "first = head % lanes", "first = 0"),

@@ -558,3 +558,19 @@ def test_inference_in_several_pieces(shape: tuple[int, ...]) -> None:
     np.testing.assert_allclose(nn.batch_norm(x, mean, scale), exact, rtol=1e-5, atol=1e-6)
     last = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
     np.testing.assert_allclose(nn.batch_norm(last, mean, scale), exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [32, 33, 49, 63, 64])
+@pytest.mark.parametrize("norm", ["inference", "training", "instance"])
+def test_short_runs_in_place(norm: str, length: int) -> None:
+    """A run of 32 to 64 is two vectors that overlap: the second must not read what the first has written."""
+    x = normal(0, (5, 6, length))
+    mean, var = normal(1, (6,)), np.ones(6, np.float32)
+    function: dict[str, Callable[..., Any]] = {
+        "inference": lambda out=None: nn.batch_norm(x, mean, var, out=out),
+        "training": lambda out=None: nn.batch_norm(x, training=True, out=out),
+        "instance": lambda out=None: nn.instance_norm(x, out=out),
+    }
+    y = function[norm]()
+    function[norm](out=x)
+    np.testing.assert_array_equal(x, y)
