@@ -313,10 +313,10 @@ def _mean(parts: np.ndarray) -> np.ndarray:
 
 
 def _rstd(parts: np.ndarray, eps: float, centred: bool) -> np.ndarray:
-    square = parts["m2"] / np.maximum(parts["count"], 1)
-    if not centred:
-        square = square + parts["mean"] ** 2
     with np.errstate(all="ignore"):
+        square = parts["m2"] / np.maximum(parts["count"], 1)
+        if not centred:
+            square = square + parts["mean"] ** 2
         return np.asarray(1.0 / np.sqrt(square + eps))
 
 

@@ -65,7 +65,7 @@ def pointer(typing_context, array):
 def room(typing_context, like, count):
     """Return a pointer to room on the stack for a constant number of elements of the dtype of `like`, from a line on.
 
-    It is gone when the function returns. An array takes Numba 70 ms to compile, and starts anywhere in a line.
+    It is gone when the function returns. An array takes Numba 30 ms to compile, and starts anywhere in a line.
     """
 
     def generate(context, builder, signature, arguments):

@@ -28,7 +28,7 @@ TILE_BYTES = 512 * 1024
 """Rows times lanes of a tile that shall still be in L2 when its output is written."""
 
 PIECE = 1 << 17
-"""Elements of a tile that are written with the same parameters: making these takes as long as 4096 elements."""
+"""Elements of a tile that are written with the same parameters: (4096, 256) takes 409 us with 32 Ki, 387 with these."""
 
 STREAM_FROM = 1 << 21
 """Elements from which the output goes past the caches: 8 MiB of float32."""
