@@ -236,6 +236,9 @@ SMALL = {
     "SLAB_ELEMENTS": 64,
     "PARALLEL_FROM": 200,
     "PIECE": 256,
+    "UNIT": 128,
+    "SPAN": 256,
+    "SPANS": 3,
 }
 """What `shrink` sets, wherever a module of the backend has it."""
 

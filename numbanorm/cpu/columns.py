@@ -23,6 +23,7 @@ from .lanes import (
     load_some,
     marked_lanes,
     no_lanes,
+    prefetch,
     settle_streams,
     store_lanes,
     store_part,
@@ -30,7 +31,7 @@ from .lanes import (
     until_line,
     width_of,
 )
-from .rows import FLOAT32_SAFE
+from .rows import AHEAD, FLOAT32_SAFE
 from .welford import HUGE, POOR, PREFIX, TINY, merge, rstd_of
 
 TILE = 512
@@ -56,7 +57,7 @@ _PARAMS_ROOM, _TURNED_ROOM, _ROWS_ROOM = 5 * TILE, 4 * _TURNED, TOGETHER * TILE
 
 @elementwise
 def _block_moments(
-    sums, moments, into, x, start, stride, rows, width, mask, mask_start, mask_stride, mask_step, centred
+    sums, moments, into, x, start, stride, rows, width, mask, mask_start, mask_stride, mask_step, centred, ahead
 ):
     """Sweep a block around the tile's shifts, write moments at `into`; return how many lanes cannot be trusted.
 
@@ -79,6 +80,9 @@ def _block_moments(
             q = load_lanes(no, sums, _SQUARES + i)
             at = start + r * stride + i
             if mask is None and together == TOGETHER:
+                if ahead != 0:
+                    for t in range(TOGETHER):
+                        prefetch(no, x, at + t * stride + ahead)
                 da = load_some(no, x, at, part) - k
                 db = load_some(no, x, at + stride, part) - k
                 dc = load_some(no, x, at + 2 * stride, part) - k
@@ -239,7 +243,7 @@ def _chunk_moments(moments, into, sums, x, mask, g, k0, first, width, chunk, cen
         mask_at = mask_start + r * g.mask_R0
         at = into if b == 0 else _BLOCK
         bad = _block_moments(
-            sums, moments, at, x, x_at, g.x_R0, rows, wide, mask, mask_at, g.mask_R0, g.mask_R1, centred
+            sums, moments, at, x, x_at, g.x_R0, rows, wide, mask, mask_at, g.mask_R0, g.mask_R1, centred, g.ahead
         )
         if bad > 0:
             _exact_moments(sums, moments, at, x, x_at, g.x_R0, rows, wide, mask, mask_at, g.mask_R0, g.mask_R1, centred)
@@ -324,6 +328,8 @@ def _write_packed(params, x, y, x_at, y_at, lanes, n, stream):
     stop = n - (n - head) % step
     at = 0
     for i in range(head, stop, step):
+        if stream:
+            prefetch(no, x, x_at + i + AHEAD)
         d = (load_lanes(no, x, x_at + i) - load_lanes(no, turned, at)) - load_lanes(no, turned, _TURNED + at)
         v = fused(d, load_lanes(no, turned, 2 * _TURNED + at), load_lanes(no, turned, 3 * _TURNED + at))
         if stream:
@@ -431,6 +437,8 @@ def _write_tile(x, y, weight, bias, stats, g, k0, first, width, chunk_start, chu
                     gain = scale * all_lanes(no, load(row_gain, t))
                     offset = all_lanes(no, load(row_shift, t))
                 if here == width_of(no):
+                    if g.stream != 0:
+                        prefetch(no, x, a + TOGETHER * g.x_R0)
                     v = fused((load_lanes(no, x, a) - hi) - lo, gain, offset)
                     if g.stream != 0 and until_line(y, b) == 0:
                         stream_lanes(v, y, b)

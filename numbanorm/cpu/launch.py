@@ -12,14 +12,20 @@ from math import lcm
 import numpy as np
 
 from ..plan import Placement, Plan
-from .columns import BLOCK_ROWS, TILE
+from .columns import BLOCK_ROWS, TILE, TOGETHER
+from .rows import AHEAD
 from .welford import BLOCK
 
 CHUNK = 16384
 """Elements a chunk of the rows kernel: 64 KiB of float32, small against L2 (1 MiB), large against a launch (2 us)."""
 
-UNIT = 8192
-"""Elements whose statistics are taken before their output is written: input and output of float32 fill 64 KiB."""
+UNIT = 2048
+"""Elements whose statistics are taken before their output is written: enough for the divisions at the end of a narrow
+group's to overlap ((65536, 64): 2.2 ms, 2.4 one by one), and few, so that streams go out while others come in
+((65536, 1024): 26.4 ms, 27.8 with 8192)."""
+
+SPAN = 8192
+"""Elements a thread takes at a time, at least."""
 
 FOLD_LANES = 192
 """Fewer lanes than this are folded: rows side by side, so that vectors are full (3 channels: 8 of 8 lanes, not 3)."""
@@ -34,10 +40,11 @@ STREAM_FROM = 1 << 21
 """Elements from which the output goes past the caches: 8 MiB of float32."""
 
 AHEAD_FROM = 1 << 18
-"""Elements from which the next group is prefetched: fewer lie in the L2 cache already."""
+"""Elements from which lines are asked for ahead: fewer lie in the L2 cache already."""
 
-AHEAD_GROUP = 1 << 17
-"""Elements of a group up to which it is: a larger one does not stay in the L2 cache beside its predecessor."""
+SPANS = 64
+"""Parts, each with one fence, of an output that is streamed: as many threads can take one, and one has 128 KiB."""
+
 
 STRIP = 32
 """Lanes that a vector holds: tiles are cut between them."""
@@ -51,7 +58,7 @@ TABLE_BYTES = 1 << 20
 _FIELDS = """
     K0 R0 K1 R1 inner size
     x_start x_K0 x_R0 x_K1 y_start y_K0 y_R0 y_K1 mask_start mask_K0 mask_R0 mask_K1 mask_R1
-    unit_groups ahead ahead_dy stream
+    unit_groups span_groups span_pieces ahead stream
     rows lanes tail tile chunk_rows chunk_runs chunk_width across chunks block_runs piece_runs piece_chunks
 """
 
@@ -83,7 +90,7 @@ def geometry(plan: Plan, affine: bool) -> np.ndarray:
         if plan.columns:
             # Folded rows keep their weights only where weights lie along the lanes.
             folds = layout.inner * layout.size <= layout.view[2] * layout.view[3]
-            _columns(g, folds and (plan.mask is None or mask.strides == plan.packed.strides))
+            _columns(g, plan.size, folds and (plan.mask is None or mask.strides == plan.packed.strides))
         else:
             _rows(g, plan.size)
     return both
@@ -106,12 +113,13 @@ def _rows(g: np.void, size: int) -> None:
     g["block_runs"] = max(1, BLOCK // r1)
     g["piece_runs"] = runs
     g["unit_groups"] = max(1, UNIT // (r0 * r1))
-    if size >= AHEAD_FROM and r0 * r1 <= AHEAD_GROUP:
-        g["ahead"] = (g["x_K1"] if g["K1"] > 1 else g["x_K0"]) * g["unit_groups"]
-        g["ahead_dy"] = g["y_K1"] if g["K1"] > 1 else g["y_K0"]
+    g["span_groups"] = max(1, (size // SPANS if g["stream"] else SPAN) // (r0 * r1))
+    g["span_pieces"] = max(1, size // (CHUNK * SPANS)) if g["stream"] else 1
+    if size >= AHEAD_FROM:
+        g["ahead"] = g["x_R0"] if r0 > 1 and g["x_R0"] > r1 and r1 <= CHUNK else AHEAD
 
 
-def _columns(g: np.void, folds: bool) -> None:
+def _columns(g: np.void, size: int, folds: bool) -> None:
     """Fold few lanes, cut lanes into tiles of whole groups and rows into chunks."""
     rows, k1, r1 = int(g["R0"]), int(g["K1"]), int(g["R1"])
     lanes = k1 * r1
@@ -133,3 +141,5 @@ def _columns(g: np.void, folds: bool) -> None:
     g["chunks"] = -(-rows // g["chunk_rows"])
     g["piece_chunks"] = max(1, PIECE // (g["chunk_rows"] * g["tile"]))
     g["rows"], g["lanes"], g["tail"] = rows, lanes, tail
+    if size >= AHEAD_FROM:
+        g["ahead"] = max(AHEAD, TOGETHER * lanes) if g["x_R0"] == lanes == g["tile"] else TOGETHER * g["x_R0"]

@@ -10,7 +10,7 @@ import numpy as np
 from numba import prange
 
 from ..plan import COUNT, M2, MEAN, RSTD
-from .dtypes import counts, lane, load, pointer, store
+from .dtypes import counts, lane, load, pointer, room, store
 from .jit import Kernel, inlined, scalar
 from .lanes import (
     all_lanes,
@@ -34,14 +34,21 @@ from .lanes import (
     until_line,
     width_of,
 )
-from .welford import BLOCK, PREFIX, merge, rstd_of, settle
+from .welford import BLOCK, HUGE, PREFIX, TINY, merge, rstd_of, settle
 
 FLOAT32_SAFE = 1e30
 """Groups whose rstd is outside 1/FLOAT32_SAFE to FLOAT32_SAFE are written in float64: float32 would overflow."""
 
 
-LONG_RUN = 1024
-"""Elements from which a run is streamed although it starts inside a cache line, whose part then goes the usual way."""
+AHEAD = 512
+"""Elements by which lines are asked for before they are read, where they come from memory: 2 KiB of float32.
+
+A copy, a product and a sum of 256 MB take 25.6 ms without, 22.5 with 1 KiB, 21.2 with 2 and 24.7 with 4; a row's sums
+before its output, with rows of 4096, 27.8 and 22.9.
+"""
+
+EDGE = 32
+"""Elements that may wait for the start of the next run: as many as the widest lanes hold."""
 
 CLOSE = 0.0625
 """The shift stays while ``s**2/n`` is below this share of ``q``: the next block need not wait for this one's mean."""
@@ -88,11 +95,13 @@ def _exact_moments(x, start, stride, runs, width, mask, mask_start, mask_stride,
 
 
 @inlined
-def _sweep(x, at, width, shift, s, q):
-    """Add `width` neighbours minus the shift to `s`, and their squares to `q`."""
+def _sweep(x, at, width, shift, s, q, ahead):
+    """Add `width` neighbours minus the shift to `s`, and their squares to `q`; ask for those `ahead`, unless 0."""
     step = width_of(s)
     whole = width - width % step
     for i in range(at, at + whole, step):
+        if ahead != 0:
+            prefetch(s, x, i + ahead)
         d = load_lanes(s, x, i) - shift
         s = s + d
         q = fused(d, d, q)
@@ -127,6 +136,15 @@ def _first_shift(x, at, width, centred):
 
 
 @scalar
+def _merge_near(count, mean, m2, near, near_s, near_q, k, centred):
+    """Merge blocks that were swept around one shift; their sums were trusted one by one, and so is what they add to."""
+    if near == 0.0:
+        return count, mean, m2
+    near_mean, near_m2, _ = settle(near, near_s, near_q, np.float64(k), centred)
+    return merge(count, mean, m2, near, near_mean, near_m2)
+
+
+@scalar
 def _chunk_moments(x, mask, g, k0, k1, chunk, centred):
     """Return (count, mean, M2) of one chunk of the group (k0, k1)."""
     r_start = j_start = 0
@@ -139,6 +157,7 @@ def _chunk_moments(x, mask, g, k0, k1, chunk, centred):
     mask_start = g.mask_start + k0 * g.mask_K0 + k1 * g.mask_K1
     k = _first_shift(x, start + r_start * g.x_R0 + j_start, j_stop - j_start, centred)
     count = mean = m2 = 0.0
+    near = near_s = near_q = 0.0  # count and sums of the last blocks, whose shift was k and near their means
     for r in range(r_start, r_stop, g.block_runs):
         runs = min(g.block_runs, r_stop - r)
         for j in range(j_start, j_stop, BLOCK):
@@ -151,7 +170,7 @@ def _chunk_moments(x, mask, g, k0, k1, chunk, centred):
             for t in range(runs):
                 run = at + t * g.x_R0
                 if mask is None:
-                    s, q = _sweep(x, run, width, shift, s, q)
+                    s, q = _sweep(x, run, width, shift, s, q, g.ahead)
                     seen += width
                 else:
                     m = mask_at + t * g.mask_R0
@@ -159,20 +178,27 @@ def _chunk_moments(x, mask, g, k0, k1, chunk, centred):
                         s, q, n = _sweep_marked(x, run, width, shift, s, q, mask, m)
                         seen += n
                     elif counts(mask, m):
-                        s, q = _sweep(x, run, width, shift, s, q)
+                        s, q = _sweep(x, run, width, shift, s, q, g.ahead)
                         seen += width
             if seen > 0:
                 n = np.float64(seen)
-                block_mean, block_m2, trusted = settle(n, sum_of_lanes(s), sum_of_lanes(q), np.float64(k), centred)
+                block_s, block_q = sum_of_lanes(s), sum_of_lanes(q)
+                # Compared without a division, at the end of which the next block would have to wait.
+                if TINY < block_q < HUGE and (not centred or block_s * block_s <= CLOSE * block_q * n):
+                    near += n
+                    near_s += block_s
+                    near_q += block_q
+                    continue
+                count, mean, m2 = _merge_near(count, mean, m2, near, near_s, near_q, k, centred)
+                near = near_s = near_q = 0.0
+                block_mean, block_m2, trusted = settle(n, block_s, block_q, np.float64(k), centred)
                 if not trusted:
                     block_mean, block_m2 = _exact_moments(
                         x, at, g.x_R0, runs, width, mask, mask_at, g.mask_R0, g.mask_R1, centred
                     )
                 count, mean, m2 = merge(count, mean, m2, n, block_mean, block_m2)
-                # The last block's mean, not the mean so far: an outlier then spoils one shift, not all that follow.
-                if not n * (block_mean - np.float64(k)) ** 2 <= CLOSE * block_m2:
-                    k = lane(x, block_mean)
-    return count, mean, m2
+                k = lane(x, block_mean)  # not the mean so far: an outlier spoils one shift, not all that follow
+    return _merge_near(count, mean, m2, near, near_s, near_q, k, centred)
 
 
 @inlined
@@ -182,7 +208,7 @@ def _group_moments(x, mask, g, k0, k1, centred):
         at = g.x_start + k0 * g.x_K0 + k1 * g.x_K1
         k = _first_shift(x, at, g.R1, centred)
         no = no_lanes(x)
-        s, q = _sweep(x, at, g.R1, all_lanes(no, k), no, no)
+        s, q = _sweep(x, at, g.R1, all_lanes(no, k), no, no, g.ahead)
         n = np.float64(g.R1)
         mean, m2, trusted = settle(n, sum_of_lanes(s), sum_of_lanes(q), np.float64(k), centred)
         if not trusted:
@@ -217,11 +243,15 @@ def _write_part(x, y, weight, bias, a, b, channel, part, hi, lo, gain, shift):
 
 
 @inlined
-def _write(x, y, weight, bias, a, b, channel, n, hi, lo, gain, shift, g):
-    """Write `n` neighbours of one affine map.
+def _write(x, y, weight, bias, a, b, channel, n, hi, lo, gain, shift, past, edge, carry):
+    """Write `n` neighbours of one affine map; return what `edge` holds now.
 
     What comes before the first whole cache line of `y` goes apart: a vector that lies across two lines takes twice as
     long to store (100,352 elements in the L2 cache: 21 us, and 10.5 with the head apart; a copy takes 10).
+
+    Past the caches only whole vectors go. The end of a run waits in `edge` for the start of the next to fill it up:
+    ``carry = (next, held)`` tells where that must start, and how many elements wait. Written by themselves, the two
+    would fetch their line, and all streams would wait for it: 0.1 us a run, 28 to 37 ms at (65536, 1024).
     """
     step = width_of(hi)
     if weight is None and step <= n <= 2 * step:  # two vectors that overlap, both read before one is written
@@ -230,26 +260,57 @@ def _write(x, y, weight, bias, a, b, channel, n, hi, lo, gain, shift, g):
         last = fused((load_lanes(hi, x, a + end) - hi) - lo, gain, shift)
         store_lanes(first, y, b)
         store_lanes(last, y, b + end)
-        return
-    head = min(until_line(y, b), n)
+        return carry
+    after, held = carry
+    stream = past != 0 and n >= 2 * step
+    joins = stream and held > 0 and after == b
+    head = step - held if joins else min(until_line(y, b), n)
     stop = n - (n - head) % step
-    stream = g.stream != 0 and (head == 0 or n >= LONG_RUN)
     if head > 0:
-        _write_part(x, y, weight, bias, a, b, channel, head, hi, lo, gain, shift)
-    for i in range(head, stop, step):
-        if g.ahead != 0:
-            prefetch(hi, x, a + i + g.ahead)
-        v = _affine((load_lanes(hi, x, a + i) - hi) - lo, weight, bias, channel + i, gain, shift)
-        if stream:
+        _write_part(x, edge if joins else y, weight, bias, a, held if joins else b, channel, head, hi, lo, gain, shift)
+    if joins:
+        stream_lanes(load_lanes(hi, edge, 0), y, b - held)
+        held = 0
+    if stream:
+        for i in range(head, stop, step):
+            prefetch(hi, x, a + i + AHEAD)
+            v = _affine((load_lanes(hi, x, a + i) - hi) - lo, weight, bias, channel + i, gain, shift)
             stream_lanes(v, y, b + i)
-        else:
+    else:
+        for i in range(head, stop, step):
+            v = _affine((load_lanes(hi, x, a + i) - hi) - lo, weight, bias, channel + i, gain, shift)
             store_lanes(v, y, b + i)
     if stop < n:
-        _write_part(x, y, weight, bias, a + stop, b + stop, channel + stop, n - stop, hi, lo, gain, shift)
+        if stream:
+            _write_edge(y, edge, (after, held))
+            after, held = b + n, n - stop
+        _write_part(
+            x,
+            edge if stream else y,
+            weight,
+            bias,
+            a + stop,
+            0 if stream else b + stop,
+            channel + stop,
+            n - stop,
+            hi,
+            lo,
+            gain,
+            shift,
+        )
+    return after, held
+
+
+@scalar
+def _write_edge(y, edge, carry):
+    """Write what waits in `edge` by itself."""
+    after, held = carry
+    if held > 0:
+        store_part(load_part(no_lanes(edge), edge, 0, held), y, after - held, held)
 
 
 @inlined
-def _normalize(x, y, weight, bias, g, k0, r0, k1, j, width, mean, rstd):
+def _normalize(x, y, weight, bias, g, k0, r0, k1, j, width, mean, rstd, edge, carry):
     """Write `width` elements of one run, with the mean in two lanes, stretch by stretch of the affine map."""
     x_start = g.x_start + k0 * g.x_K0 + r0 * g.x_R0 + k1 * g.x_K1 + j
     y_start = g.y_start + k0 * g.y_K0 + r0 * g.y_R0 + k1 * g.y_K1 + j
@@ -259,7 +320,7 @@ def _normalize(x, y, weight, bias, g, k0, r0, k1, j, width, mean, rstd):
             channel = (flat + i) // g.inner % g.size
             d = (load(x, x_start + i) - mean) * rstd
             store(y, y_start + i, d * load(weight, channel) + load(bias, channel))
-        return
+        return carry
     no = no_lanes(x)
     hi = all_lanes(no, lane(x, mean))
     lo = all_lanes(no, lane(x, mean - np.float64(lane(x, mean))))
@@ -272,14 +333,15 @@ def _normalize(x, y, weight, bias, g, k0, r0, k1, j, width, mean, rstd):
         if g.inner == 1:
             channel = j if g.size == g.R1 else (flat + done) % g.size
             n = min(width - done, g.size - channel)
-            _write(x, y, weight, bias, a, b, channel, n, hi, lo, gain, gain, g)
+            carry = _write(x, y, weight, bias, a, b, channel, n, hi, lo, gain, gain, g.stream, edge, carry)
         else:
             channel = (flat + done) // g.inner % g.size
             n = min(width - done, g.inner - (flat + done) % g.inner)
             gain = all_lanes(no, scale * load(weight, channel))
             shift = all_lanes(no, load(bias, channel))
-            _write(x, y, None, None, a, b, 0, n, hi, lo, gain, shift, g)
+            carry = _write(x, y, None, None, a, b, 0, n, hi, lo, gain, shift, g.stream, edge, carry)
         done += n
+    return carry
 
 
 @scalar
@@ -290,6 +352,9 @@ def _add_run(x, residual, total, g, k0, r0, k1):
     no = no_lanes(x)
     for i in range(0, g.R1, width_of(no)):
         part = g.R1 - i
+        if g.ahead != 0:
+            prefetch(no, x, start + i + AHEAD)
+            prefetch(no, residual, start + i + AHEAD)
         store_some(load_some(no, x, start + i, part) + load_some(no, residual, start + i, part), total, flat + i, part)
 
 
@@ -309,39 +374,46 @@ def _next_group(g, k0, k1):
 
 
 @scalar
-def _forward_unit(unit, x, residual, total, y, mask, weight, bias, stats, geometry, eps, centred):
-    """Take the statistics of some groups, then write their output while they are in the cache.
+def _forward_span(span, x, residual, total, y, mask, weight, bias, stats, geometry, eps, centred):
+    """Take some groups: the statistics of each, and the output of the one that came `lag` groups before it.
 
-    One group's statistics end in a chain of divisions; those of the next do not wait for it, its own output would.
+    A group's statistics end in a chain of divisions; those of the next do not wait for it, its own output would. A
+    fence after each group would wait for its streams: 3 of 34 ms at (16384, 4096).
     """
     g = geometry[0]
     g_total = geometry[1]
     p_x, p_y, p_mask, p_weight, p_bias = pointer(x), pointer(y), pointer(mask), pointer(weight), pointer(bias)
     p_residual, p_total, p_stats = pointer(residual), pointer(total), pointer(stats)
-    first = unit * g.unit_groups
+    edge = room(p_y, EDGE)
+    carry = (np.int64(0), np.int64(0))
     groups = g.K0 * g.K1
-    stop = min(first + g.unit_groups, groups)
+    first = span * g.span_groups
+    stop = min(first + g.span_groups, groups)
     k0, k1 = first // g.K1, first % g.K1
-    for group in range(first, stop):
-        if residual is not None:
-            for r0 in range(g.R0):
-                _add_run(p_x, p_residual, p_total, g, k0, r0, k1)
-        if residual is None:
-            count, mean, m2 = _group_moments(p_x, p_mask, g, k0, k1, centred)
-        else:
-            count, mean, m2 = _group_moments(p_total, p_mask, g_total, k0, k1, centred)
-        _store_statistics(p_stats, groups, group, count, mean, m2, rstd_of(count, m2, eps))
-        k0, k1 = _next_group(g, k0, k1)
-    k0, k1 = first // g.K1, first % g.K1
-    for group in range(first, stop):
-        mean = load(p_stats, MEAN * groups + group)
-        rstd = load(p_stats, RSTD * groups + group)
-        for r0 in range(g.R0):
+    out0, out1 = k0, k1
+    for base in range(first, stop, g.unit_groups):
+        after = min(base + g.unit_groups, stop)
+        for group in range(base, after):
             if residual is None:
-                _normalize(p_x, p_y, p_weight, p_bias, g, k0, r0, k1, 0, g.R1, mean, rstd)
+                count, mean, m2 = _group_moments(p_x, p_mask, g, k0, k1, centred)
             else:
-                _normalize(p_total, p_y, p_weight, p_bias, g_total, k0, r0, k1, 0, g.R1, mean, rstd)
-        k0, k1 = _next_group(g, k0, k1)
+                for r0 in range(g.R0):
+                    _add_run(p_x, p_residual, p_total, g, k0, r0, k1)
+                count, mean, m2 = _group_moments(p_total, p_mask, g_total, k0, k1, centred)
+            _store_statistics(p_stats, groups, group, count, mean, m2, rstd_of(count, m2, eps))
+            k0, k1 = _next_group(g, k0, k1)
+        for group in range(base, after):
+            mean = load(p_stats, MEAN * groups + group)
+            rstd = load(p_stats, RSTD * groups + group)
+            for r0 in range(g.R0):
+                if residual is None:
+                    carry = _normalize(p_x, p_y, p_weight, p_bias, g, out0, r0, out1, 0, g.R1, mean, rstd, edge, carry)
+                else:
+                    carry = _normalize(
+                        p_total, p_y, p_weight, p_bias, g_total, out0, r0, out1, 0, g.R1, mean, rstd, edge, carry
+                    )
+            out0, out1 = _next_group(g, out0, out1)
+    _write_edge(p_y, edge, carry)
     if g.stream != 0:
         settle_streams()
 
@@ -353,8 +425,8 @@ def forward(x, residual, total, y, mask, weight, bias, stats, geometry, eps, cen
     With `residual`, x + residual is formed first, kept in `total` (contiguous) and normalized in place of `x`;
     ``geometry[1]`` then tells how to read `total`.
     """
-    for unit in prange(-(-stats.shape[1] // geometry[0].unit_groups)):
-        _forward_unit(np.int64(unit), x, residual, total, y, mask, weight, bias, stats, geometry, eps, centred)
+    for span in prange(-(-stats.shape[1] // geometry[0].span_groups)):
+        _forward_span(np.int64(span), x, residual, total, y, mask, weight, bias, stats, geometry, eps, centred)
 
 
 @scalar
@@ -388,7 +460,7 @@ def merge_chunks(table, stats, geometry, eps):
 
 
 @scalar
-def _apply_piece(piece, x, y, weight, bias, stats, g):
+def _apply_piece(piece, x, y, weight, bias, stats, g, edge, carry):
     """Normalize some runs, or a part of one, with given statistics."""
     first = piece // g.across * g.piece_runs
     j = piece % g.across * g.chunk_width
@@ -401,7 +473,7 @@ def _apply_piece(piece, x, y, weight, bias, stats, g):
         group = k0 * g.K1 + k1
         mean = load(stats, MEAN * groups + group)
         rstd = load(stats, RSTD * groups + group)
-        _normalize(x, y, weight, bias, g, k0, r0, k1, j, width, mean, rstd)
+        carry = _normalize(x, y, weight, bias, g, k0, r0, k1, j, width, mean, rstd, edge, carry)
         k1 += 1  # counted on: three divisions a run take as long as 30 elements
         if k1 == g.K1:
             k1 = 0
@@ -409,14 +481,21 @@ def _apply_piece(piece, x, y, weight, bias, stats, g):
             if r0 == g.R0:
                 r0 = 0
                 k0 += 1
-    if g.stream != 0:
-        settle_streams()
+    return carry
 
 
 @scalar
-def _apply_unit(piece, x, y, weight, bias, stats, geometry):
+def _apply_span(span, x, y, weight, bias, stats, geometry):
     g = geometry[0]
-    _apply_piece(piece, pointer(x), pointer(y), pointer(weight), pointer(bias), pointer(stats), g)
+    pieces = -(-(g.K0 * g.R0 * g.K1) // g.piece_runs) * g.across
+    p_x, p_y, p_weight, p_bias, p_stats = pointer(x), pointer(y), pointer(weight), pointer(bias), pointer(stats)
+    edge = room(p_y, EDGE)
+    carry = (np.int64(0), np.int64(0))
+    for piece in range(span * g.span_pieces, min((span + 1) * g.span_pieces, pieces)):
+        carry = _apply_piece(piece, p_x, p_y, p_weight, p_bias, p_stats, g, edge, carry)
+    _write_edge(p_y, edge, carry)
+    if g.stream != 0:
+        settle_streams()
 
 
 @Kernel
@@ -424,8 +503,8 @@ def apply(x, y, weight, bias, stats, geometry):
     """Normalize with given statistics, piece by piece in the order of memory."""
     g = geometry[0]
     pieces = -(-(g.K0 * g.R0 * g.K1) // g.piece_runs) * g.across
-    for piece in prange(pieces):
-        _apply_unit(np.int64(piece), x, y, weight, bias, stats, geometry)
+    for span in prange(-(-pieces // g.span_pieces)):
+        _apply_span(np.int64(span), x, y, weight, bias, stats, geometry)
 
 
 @Kernel

@@ -40,20 +40,25 @@ from .lanes import (
     until_line,
     width_of,
 )
-from .rows import LONG_RUN
 from .welford import BLOCK, at
 
 FLUSH = 32
 """Rows whose products are added in float32 before they go to the float64 gradients of weight and bias."""
 
+LONG_RUN = 1024
+"""Elements from which a run is streamed although it starts inside a cache line, whose part then goes the usual way."""
+
 
 @inlined
-def _run_sums(dy, x, weight, dy_at, x_at, first, width, hi, lo, scale):
+def _run_sums(dy, x, weight, dy_at, x_at, first, width, hi, lo, scale, ahead):
     """Sum dy and dy * h over `width` neighbours; dy is weighted from `first` on where there is a weight."""
     a = b = no_lanes(x)
     step = width_of(a)
     whole = width - width % step
     for i in range(0, whole, step):
+        if ahead != 0:
+            prefetch(a, dy, dy_at + i + ahead)
+            prefetch(a, x, x_at + i + ahead)
         d = load_lanes(a, dy, dy_at + i)
         if weight is not None:
             d = d * load_lanes(a, weight, first + i)
@@ -95,11 +100,11 @@ def _chunk_sums(sums, channels, dy, x, weight, g, k0, k1, chunk, mean, rstd):
             if g.inner == 1:
                 channel = 0
                 first = (k1 * g.R1 + j) % g.size
-                a, b = _run_sums(dy, x, weight, dy_start + j, x_start + j, first, width, hi, lo, scale)
+                a, b = _run_sums(dy, x, weight, dy_start + j, x_start + j, first, width, hi, lo, scale, g.ahead)
             else:
                 channel = j // g.inner
                 width = min(width, g.inner - j % g.inner)
-                a, b = _run_sums(dy, x, None, dy_start + j, x_start + j, 0, width, hi, lo, scale)
+                a, b = _run_sums(dy, x, None, dy_start + j, x_start + j, 0, width, hi, lo, scale, g.ahead)
             store(sums, channel, load(sums, channel) + a)
             store(sums, channels + channel, load(sums, channels + channel) + b)
             j += width
@@ -110,9 +115,6 @@ def _emit_strip(dy, x, dx, mask, weight, starts, i, part, products, half, values
     """Write `part` elements of dx, up to a vector; add to `products`, if there are any, dy * h and, `half` on, dy."""
     dy_at, x_at, dx_at, mask_at, first, p = starts
     hi, lo, scale, gain, c, e = values
-    if g.ahead != 0:
-        prefetch(hi, x, x_at + i + g.ahead)
-        prefetch(hi, dy, dy_at + i + g.ahead_dy)
     h = ((load_some(hi, x, x_at + i, part) - hi) - lo) * scale
     d = load_some(hi, dy, dy_at + i, part)
     if products is not None:
@@ -143,6 +145,9 @@ def _emit_stretch(dy, x, dx, mask, weight, starts, width, products, half, values
     if head > 0:
         _emit_strip(dy, x, dx, mask, weight, starts, 0, head, products, half, values, depends, marked, False, g)
     for i in range(head, stop, step):
+        if stream:
+            prefetch(hi, dy, starts[0] + i + g.ahead)
+            prefetch(hi, x, starts[1] + i + g.ahead)
         _emit_strip(dy, x, dx, mask, weight, starts, i, step, products, half, values, depends, marked, stream, g)
     if stop < width:
         _emit_strip(
@@ -251,7 +256,7 @@ def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradi
                 scale = all_lanes(no, lane(x, rstd))
                 dy_at = g.y_start + k0 * g.y_K0 + k1 * g.y_K1
                 x_at = g.x_start + k0 * g.x_K0 + k1 * g.x_K1
-                sum_g, sum_gh = _run_sums(p_dy, p_x, p_weight, dy_at, x_at, 0, g.R1, hi, lo, scale)
+                sum_g, sum_gh = _run_sums(p_dy, p_x, p_weight, dy_at, x_at, 0, g.R1, hi, lo, scale, g.ahead)
             else:
                 total[:] = 0.0
                 for chunk in range(g.chunks):
