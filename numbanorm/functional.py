@@ -85,15 +85,15 @@ def batch_norm(
     array([[-1., -1.],
            [ 1.,  1.]])
     """
-    if mask is out is stream is None:
+    if mask is stream is None:
         if not training and not return_stats:
-            way = quick.find_given(x, running_mean, running_var, weight, bias, eps, channel_axis)
+            way = quick.find_given(x, running_mean, running_var, weight, bias, eps, channel_axis, out)
             if way is not None:
-                return way.apply(x, running_mean, running_var, weight, bias, eps)
+                return way.apply(x, running_mean, running_var, weight, bias, eps, out)
         elif training and running_mean is running_var is None:
-            way = quick.find_by_channel("batch", x, weight, bias, eps, channel_axis)
+            way = quick.find_by_channel("batch", x, weight, bias, eps, out, channel_axis)
             if way is not None:
-                return way.run(x, weight, bias, eps, return_stats)
+                return way.run(x, weight, bias, eps, return_stats, out)
     own = (weight, bias, training, momentum, eps, channel_axis, mask, out, return_stats)
     return calls_for(x, stream).run_tracked("batch", x, running_mean, running_var, *own)
 
@@ -155,15 +155,15 @@ def instance_norm(
     array([[[-1.,  1.],
             [-1.,  1.]]])
     """
-    if mask is out is stream is None:
+    if mask is stream is None:
         if not use_input_stats and not return_stats:
-            way = quick.find_given(x, running_mean, running_var, weight, bias, eps, channel_axis)
+            way = quick.find_given(x, running_mean, running_var, weight, bias, eps, channel_axis, out)
             if way is not None:
-                return way.apply(x, running_mean, running_var, weight, bias, eps)
+                return way.apply(x, running_mean, running_var, weight, bias, eps, out)
         elif use_input_stats and running_mean is running_var is None:
-            way = quick.find_by_channel("instance", x, weight, bias, eps, channel_axis)
+            way = quick.find_by_channel("instance", x, weight, bias, eps, out, channel_axis)
             if way is not None:
-                return way.run(x, weight, bias, eps, return_stats)
+                return way.run(x, weight, bias, eps, return_stats, out)
     own = (weight, bias, use_input_stats, momentum, eps, channel_axis, mask, out, return_stats)
     return calls_for(x, stream).run_tracked("instance", x, running_mean, running_var, *own)
 
@@ -217,10 +217,10 @@ def group_norm(
     >>> nn.group_norm(np.array([[1.0, 3.0, 10.0, 30.0]]), 2, eps=0.0)
     array([[-1.,  1., -1.,  1.]])
     """
-    if mask is out is stream is None:
-        way = quick.find_by_channel("group", x, weight, bias, eps, channel_axis, num_groups)
+    if mask is stream is None:
+        way = quick.find_by_channel("group", x, weight, bias, eps, out, channel_axis, num_groups)
         if way is not None:
-            return way.run(x, weight, bias, eps, return_stats)
+            return way.run(x, weight, bias, eps, return_stats, out)
     options = (integer(channel_axis, "channel_axis"), integer(num_groups, "num_groups"), None)
     calls = calls_for(x, stream)
     return calls.run(
@@ -306,10 +306,10 @@ def layer_norm(
     array([[-1., -1.],
            [ 1.,  1.]])
     """
-    if mask is out is stream is None:
-        way = quick.find("layer", x, weight, bias, eps, residual, normalized_shape, axis)
+    if mask is stream is None:
+        way = quick.find("layer", x, weight, bias, eps, out, residual, normalized_shape, axis)
         if way is not None:
-            return way.run(x, weight, bias, eps, return_stats, residual)
+            return way.run(x, weight, bias, eps, return_stats, out, residual)
     calls = calls_for(x, stream)
     source, form = calls.as_input(x, "x")
     options = (1, None, normalized_axes(source.shape, normalized_shape, axis))
@@ -381,10 +381,10 @@ def rms_norm(
     >>> nn.rms_norm(np.array([[3.0, 4.0]]), 2, eps=0.0) * np.sqrt(12.5)
     array([[3., 4.]])
     """
-    if out is stream is None:
-        way = quick.find("rms", x, weight, None, 0.0 if eps is None else eps, residual, normalized_shape, axis)
+    if stream is None:
+        way = quick.find("rms", x, weight, None, 0.0 if eps is None else eps, out, residual, normalized_shape, axis)
         if way is not None:
-            return way.run(x, weight, None, way.epsilon if eps is None else eps, return_stats, residual)
+            return way.run(x, weight, None, way.epsilon if eps is None else eps, return_stats, out, residual)
     calls = calls_for(x, stream)
     source, form = calls.as_input(x, "x")
     options = (1, None, normalized_axes(source.shape, normalized_shape, axis))

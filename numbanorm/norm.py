@@ -754,7 +754,7 @@ class _Rowwise(Norm):
             weight, bias, eps = self.weight, self.bias, self.eps
             bound = self._bound
             if bound is None or not bound.serves(x, weight, bias, eps):
-                way = quick.find(self.kind, x, weight, bias, 0.0 if eps is None else eps, None, self._shape)
+                way = quick.find(self.kind, x, weight, bias, 0.0 if eps is None else eps, None, None, self._shape)
                 bound = self._bound = None if way is None else quick.Bound(way, x, weight, bias, eps)
             if bound is not None:
                 y, stats = bound.way.forward(x, weight, bias, bound.eps)

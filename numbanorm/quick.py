@@ -1,8 +1,9 @@
 """The quick way of small arrays: what shape, dtype and options decide is settled once and looked up.
 
 A call of a few thousand elements is over in 1 us in the kernel; checks, plans and geometry would take 7 us more. The
-quick way takes plain calls only: C-ordered arrays, parameters as the kernels read them, no mask and no `out`. `find`
-returns None for all else, and where an argument is wrong: the long way, `numbanorm.calls`, serves or refuses it.
+quick way takes plain calls only: C-ordered arrays, parameters as the kernels read them, no mask, an `out` that is `x`
+or apart from all inputs. `find` returns None for all else, and where an argument is wrong: the long way,
+`numbanorm.calls`, serves or refuses it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ __all__ = [
     "find_given",
 ]
 
-_empty, _ndarray = np.empty, np.ndarray
+_empty, _ndarray, _may_share = np.empty, np.ndarray, np.may_share_memory
 _FLOAT64 = np.dtype(np.float64)
 _NO_MEAN = np.zeros(1)
 
@@ -97,6 +98,17 @@ class Quick:
             and residual.flags.carray
         )
 
+    def writes(self, out: Any, x: np.ndarray, *inputs: Any) -> bool:
+        """Tell whether the kernel can write to an array that the caller gave, apart from all inputs or `x` itself."""
+        return (
+            type(out) is _ndarray
+            and out.dtype is self._result
+            and out.shape == x.shape
+            and out.flags.carray
+            and (out is x or not _may_share(out, x))
+            and not any(_may_share(out, array) for array in inputs if array is not None)
+        )
+
     def run(
         self,
         x: np.ndarray,
@@ -104,11 +116,12 @@ class Quick:
         bias: np.ndarray | None,
         eps: float,
         return_stats: bool,
+        out: np.ndarray | None = None,
         residual: np.ndarray | None = None,
     ) -> Any:
         """Normalize with the statistics of the input; return what the caller gets."""
         if residual is None:
-            y, stats = self.forward(x, weight, bias, eps)
+            y, stats = self.forward(x, weight, bias, eps, out)
             return (y, *self.public(stats)) if return_stats else y
         y, total = _empty(x.shape, self._result), _empty(x.shape, self._result)
         flat = residual.reshape(-1), total.reshape(-1)
@@ -117,9 +130,11 @@ class Quick:
         stats = self._forward(x.reshape(-1), y.reshape(-1), weight, bias, eps, *flat)
         return (y, *self.public(stats), total) if return_stats else (y, total)
 
-    def forward(self, x: np.ndarray, weight: Any, bias: Any, eps: float) -> tuple[np.ndarray, np.ndarray]:
+    def forward(
+        self, x: np.ndarray, weight: Any, bias: Any, eps: float, out: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Return the result and the backend's statistics."""
-        y = _empty(x.shape, self._result)
+        y = _empty(x.shape, self._result) if out is None else out
         if self._result.itemsize == 2:
             weight, bias = self.widened(weight), self.widened(bias)
         return y, self._forward(x.reshape(-1), y.reshape(-1), weight, bias, eps)
@@ -132,9 +147,18 @@ class Quick:
         shaped = stats.reshape(self._public)
         return tuple([shaped[row] for row in rows])
 
-    def apply(self, x: np.ndarray, mean: np.ndarray, var: np.ndarray, weight: Any, bias: Any, eps: float) -> np.ndarray:
+    def apply(
+        self,
+        x: np.ndarray,
+        mean: np.ndarray,
+        var: np.ndarray,
+        weight: Any,
+        bias: Any,
+        eps: float,
+        out: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Normalize with running statistics."""
-        y = _empty(x.shape, self._result)
+        y = _empty(x.shape, self._result) if out is None else out
         if self._result.itemsize == 2:
             weight, bias = self.widened(weight), self.widened(bias)
         self._apply(x.reshape(-1), y.reshape(-1), weight, bias, self._given(mean, var, eps))
@@ -226,14 +250,30 @@ class Turned:
         self._turn, self._way = turn, way
         self.fits = way.fits
 
-    def run(self, x: np.ndarray, weight: Any, bias: Any, eps: float, return_stats: bool) -> Any:
+    def run(
+        self, x: np.ndarray, weight: Any, bias: Any, eps: float, return_stats: bool, out: np.ndarray | None = None
+    ) -> Any:
         """Do what `Quick.run` does."""
-        result = self._way.run(self._turn.there(x), weight, bias, eps, return_stats)
-        return (self._turn.back(result[0]), *result[1:]) if return_stats else self._turn.back(result)
+        there = self._turn.there
+        result = self._way.run(there(x), weight, bias, eps, return_stats, None if out is None else there(out))
+        y, *statistics = result if return_stats else (result,)
+        y = self._turn.back(y) if out is None else out
+        return (y, *statistics) if return_stats else y
 
-    def apply(self, x: np.ndarray, mean: np.ndarray, var: np.ndarray, weight: Any, bias: Any, eps: float) -> np.ndarray:
+    def apply(
+        self,
+        x: np.ndarray,
+        mean: np.ndarray,
+        var: np.ndarray,
+        weight: Any,
+        bias: Any,
+        eps: float,
+        out: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Do what `Quick.apply` does."""
-        return self._turn.back(self._way.apply(self._turn.there(x), mean, var, weight, bias, eps))
+        there = self._turn.there
+        y = self._way.apply(there(x), mean, var, weight, bias, eps, None if out is None else there(out))
+        return self._turn.back(y) if out is None else out
 
 
 class TurnedBackward:
@@ -274,7 +314,7 @@ class Bound:
 
 
 def find(
-    norm: str, x: Any, weight: Any, bias: Any, eps: Any, residual: Any, first: Any, second: Any = None
+    norm: str, x: Any, weight: Any, bias: Any, eps: Any, out: Any, residual: Any, first: Any, second: Any = None
 ) -> Quick | None:
     """Return the quick way of a call that normalizes with its input's statistics, or None.
 
@@ -282,7 +322,7 @@ def find(
     ----------
     norm : str
         A key of `numbanorm.layout.NORMS`.
-    x, weight, bias, eps, residual
+    x, weight, bias, eps, out, residual
         The call's arguments.
     first, second
         For layer and RMS norm `normalized_shape` and `axis`, for the others `channel_axis` and `num_groups`.
@@ -299,28 +339,38 @@ def find(
         return None
     if not x.flags.carray:
         return None
+    if out is not None:
+        return quick if residual is None and quick.writes(out, x, weight, bias) else None
     return quick if residual is None or quick.adds(x, residual) else None
 
 
 def find_by_channel(
-    norm: str, x: Any, weight: Any, bias: Any, eps: Any, channel_axis: Any, num_groups: Any = None
+    norm: str, x: Any, weight: Any, bias: Any, eps: Any, out: Any, channel_axis: Any, num_groups: Any = None
 ) -> Quick | Turned | None:
     """Do what `find` does for a norm with a channel axis; channels may also lie last in memory."""
     turn = _Turn.of(x, channel_axis)
     if turn is None:
-        return find(norm, x, weight, bias, eps, None, channel_axis, num_groups)
-    way = find(norm, turn.there(x), weight, bias, eps, None, x.ndim - 1, num_groups)
+        return find(norm, x, weight, bias, eps, out, None, channel_axis, num_groups)
+    there = turn.there(x)
+    into = there if out is x else out
+    if out is not None and out is not x:
+        if type(out) is not _ndarray or out.ndim != x.ndim:
+            return None
+        into = turn.there(out)
+    way = find(norm, there, weight, bias, eps, into, None, x.ndim - 1, num_groups)
     return None if way is None else Turned(turn, way)
 
 
 def find_given(
-    x: Any, mean: Any, var: Any, weight: Any, bias: Any, eps: Any, channel_axis: Any
+    x: Any, mean: Any, var: Any, weight: Any, bias: Any, eps: Any, channel_axis: Any, out: Any
 ) -> Quick | Turned | None:
     """Return the quick way of a call that normalizes with running statistics, or None."""
     if mean is None or var is None:
         return None
-    quick = find_by_channel("given", x, weight, bias, eps, channel_axis)
-    return quick if quick is not None and quick.fits(mean) and quick.fits(var) else None
+    quick = find_by_channel("given", x, weight, bias, eps, out, channel_axis)
+    if quick is None or not quick.fits(mean) or not quick.fits(var):
+        return None
+    return quick if out is None or not (_may_share(out, mean) or _may_share(out, var)) else None
 
 
 def find_backward(

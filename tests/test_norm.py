@@ -512,14 +512,23 @@ def parameters(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("shape", [(3, 6, 5), (3, 6, 5, 7), (2, 4, 3, 3, 5)])
 @pytest.mark.parametrize("norm", CHANNELS_LAST, ids=lambda norm: norm[0])
 def test_small_arrays_with_channels_last_in_memory(norm: Any, shape: tuple[int, ...], dtype: Any) -> None:
-    """They go a quick way; the way of calls with `out` gives the same bits, and `y` lies in memory as `x` does."""
+    """They go a quick way, with `out` too; the long one gives the same bits, and `y` lies in memory as `x` does."""
     name, function = norm
     memory = np.random.default_rng(0).standard_normal((shape[0], *shape[2:], shape[1])).astype(dtype)
     x = np.moveaxis(memory, -1, 1)
     y = function(x)
     assert y.strides == x.strides
+    np.testing.assert_allclose(
+        y, function(np.ascontiguousarray(x)), rtol=2e-3 if dtype is np.float16 else 1e-4, atol=1e-5
+    )
     out = np.empty_like(x)
-    np.testing.assert_array_equal(y, function(x, out=out))
+    assert function(x, out=out) is out
+    np.testing.assert_array_equal(y, out)
+    held = x.copy("K")
+    assert function(held, out=held) is held
+    np.testing.assert_array_equal(y, held)
+    apart = np.empty((2, *memory.shape), memory.dtype)[:, ::-1][0]  # this one goes the long way
+    np.testing.assert_array_equal(y, function(x, out=np.moveaxis(apart, -1, 1)))
     if name == "given":
         return
     quick = function(x, return_stats=True)
@@ -574,3 +583,42 @@ def test_short_runs_in_place(norm: str, length: int) -> None:
     y = function[norm]()
     function[norm](out=x)
     np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("offset", [0, 1, 5, 15, 31])
+def test_large_outputs_that_start_anywhere(offset: int, dtype: str) -> None:
+    """Past the caches go whole vectors: the end of a row waits for the start of the next, also where there is none."""
+    shape, before = (2201, 1003), 64 + offset
+    memory = np.full(before + 2201 * 1003 + 64, 7.0, dtype)
+    out = memory[before:-64].reshape(shape)
+    x, weight, bias = normal(0, shape).astype(dtype), normal(1, shape[1:]), normal(2, shape[1:])
+
+    def in_the_caches(width: int) -> np.ndarray:
+        own = (width, weight[:width], bias[:width])
+        return np.concatenate([nn.layer_norm(part[:, :width], *own) for part in np.array_split(x, 20)])
+
+    wanted = in_the_caches(1003)
+    assert nn.layer_norm(x, 1003, weight, bias, out=out) is out
+    np.testing.assert_array_equal(out, wanted)
+    assert (memory[:before] == 7.0).all()
+    assert (memory[-64:] == 7.0).all()
+    out[...] = 7.0
+    nn.layer_norm(x[:, :960], 960, weight[:960], bias[:960], out=out[:, :960])  # no row starts where another ends
+    np.testing.assert_array_equal(out[:, :960], in_the_caches(960))
+    assert (out[:, 960:] == 7.0).all()
+    nn.layer_norm(x, 1003, weight, bias, out=x)
+    np.testing.assert_array_equal(x, wanted)
+
+
+@pytest.mark.parametrize("offset", [0, 3, 17])
+def test_large_outputs_of_inference(offset: int) -> None:
+    """The same run by run: (C, S) of one sample after the other."""
+    shape = (300, 7, 33, 37)
+    memory = np.full(offset + 300 * 7 * 33 * 37 + 64, 7.0, np.float32)
+    out = memory[offset:-64].reshape(shape)
+    x, mean, var = normal(0, shape), normal(1, (7,)), np.abs(normal(2, (7,))) + np.float32(0.5)
+    wanted = np.concatenate([nn.batch_norm(part, mean, var) for part in np.array_split(x, 30)])
+    np.testing.assert_array_equal(nn.batch_norm(x, mean, var, out=out), wanted)
+    assert (memory[:offset] == 7.0).all()
+    assert (memory[-64:] == 7.0).all()
