@@ -18,8 +18,12 @@ from typing import Any
 
 import numpy as np
 
-SMALLEST = 1 << 22
-"""Bytes from which an output comes from the pool: below, malloc itself reuses memory."""
+SMALLEST = 1 << 20
+"""Bytes from which an output comes from the pool: below, malloc itself reuses memory.
+
+Of several arrays of 1 to 4 MiB it does not: four layers of (512, 1024) in a row take 1.24 ms with malloc, 0.80 with the
+pool.
+"""
 
 ALIGNMENT = 64
 """Bytes: what is streamed past the caches must start with a cache line."""
