@@ -9,6 +9,21 @@ from pathlib import Path
 
 import numbanorm
 
+WATCH = """
+import faulthandler, os, signal, sys, threading, time
+def watch():
+    "End a process that hangs, and tell where. Naps, not a date: time in which all is stopped does not count."
+    for _ in range(60):
+        time.sleep(1)
+    print("still running after a minute", file=sys.stderr, flush=True)
+    faulthandler.dump_traceback()
+    if hasattr(os, "killpg"):
+        os.killpg(0, signal.SIGKILL)  # children, too, which may hang as well
+    os._exit(1)
+threading.Thread(target=watch, daemon=True).start()
+"""
+"""Code for `run`: what follows it has a minute, whatever it waits for."""
+
 
 def environment(**own: str) -> dict[str, str]:
     """Return the environment of an interpreter that finds the same numbanorm as this one."""
@@ -27,6 +42,7 @@ def run(code: str, *options: str, **own: str) -> str:
         text=True,
         timeout=300,
         check=False,
+        start_new_session=True,  # so that a watch can kill it with all its children
     )
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stderr}"
     return done.stdout.strip()

@@ -163,15 +163,26 @@ def test_two_processes_at_once(tmp_path: Path) -> None:
     assert (third["compiled"], third["loaded"], third["warnings"]) == (0, 1, [])
 
 
-def test_killed_while_it_writes(tmp_path: Path) -> None:
-    """A process that dies between the file of code and the index leaves nothing that a later one stumbles over."""
-    code = "import os, numba.core.caching as c\nc.os.replace = lambda *a: os._exit(9)\n" + CALL
+@pytest.mark.parametrize("written", [0, 1], ids=["nothing", "index"])
+def test_killed_while_it_writes(tmp_path: Path, written: int) -> None:
+    """A process that dies before the index is there, or the code that it names, leaves nothing to stumble over."""
+    code = f"""
+import os
+replace, calls = os.replace, []
+def dying(*paths):
+    calls.append(paths)
+    os._exit(9) if len(calls) > {written} else replace(*paths)
+os.replace = dying
+"""
+    code += CALL
     environment = os.environ | {
         "NUMBA_CACHE_DIR": str(tmp_path),
         "PYTHONPATH": str(Path(numbanorm.__file__).parents[1]),
     }
     died = subprocess.run([sys.executable, "-P", "-c", code], env=environment, timeout=300, check=False)
     assert died.returncode == 9
+    assert len(list(tmp_path.rglob("*.nbi"))) == written
+    assert not list(tmp_path.rglob("*.nbc"))
     found = call(NUMBA_CACHE_DIR=tmp_path)
     assert (found["compiled"], found["warnings"]) == (1, [])
 

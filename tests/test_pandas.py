@@ -18,7 +18,7 @@ X = normal(0, (7, 5))
 def test_frame_and_series(dtype: str) -> None:
     values = np.rint(X * 3).astype(dtype)
     frame = pd.DataFrame(values, columns=list("abcde"))
-    weight, bias = pd.Series(np.arange(5.0)), pd.Series(np.ones(5, np.float32), index=list("edcba"))
+    weight, bias = pd.Series(np.arange(5.0)), pd.Series(np.arange(5, dtype=np.float32), index=list("edcba"))
     before = frame.copy()
     y = nn.layer_norm(frame, 5, weight, bias)
     assert type(y) is np.ndarray
