@@ -1,9 +1,9 @@
-"""The quick way of small arrays: what shape, dtype and options decide is settled once and looked up.
+"""The quick way of arrays for one thread: what shape, dtype and options decide is settled once and looked up.
 
-A call of a few thousand elements is over in 1 us in the kernel; checks, plans and geometry would take 7 us more. The
-quick way takes plain calls only: C-ordered arrays, parameters as the kernels read them, no mask, an `out` that is `x`
-or apart from all inputs. `find` returns None for all else, and where an argument is wrong: the long way,
-`numbanorm.calls`, serves or refuses it.
+A call of a few thousand elements is over in 1 us in the kernel; checks, plans and geometry would take 7 us more, and
+10 of 170 us at (512, 1024): larger arrays go this way, too, where one thread serves them. It takes plain calls only:
+C-ordered arrays, parameters as the kernels read them, no mask, an `out` that is `x` or apart from all inputs. `find`
+returns None for all else, and where an argument is wrong: the long way, `numbanorm.calls`, serves or refuses it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from .calls import ROWS_OF, public_statistic
 from .checks import integer, is_key, normalized_axes
 from .dtypes import Format, format_of
 from .plan import Options, Plan, plan
+from .pool import POOL, SMALLEST
+from .threads import usable_threads
 
 __all__ = [
     "Bound",
@@ -35,7 +37,21 @@ __all__ = [
 
 _empty, _ndarray, _may_share = np.empty, np.ndarray, np.may_share_memory
 _FLOAT64 = np.dtype(np.float64)
+
+LARGEST = 1 << 22
+"""Elements: beyond, the kernel takes milliseconds."""
+
 _NO_MEAN = np.zeros(1)
+
+
+def _new(work: Plan, form: Format) -> Any:
+    """Return what makes outputs."""
+    return POOL.empty if work.size * form.result.itemsize >= SMALLEST else _empty
+
+
+def _is_small(work: Plan) -> bool:
+    """Tell whether one thread serves an array, however many there are."""
+    return bool(work.size < cpu_backend().PARALLEL_FROM)
 
 
 def _is_parameter(value: Any, lane: np.dtype[Any], shape: tuple[int, ...]) -> bool:
@@ -45,7 +61,7 @@ def _is_parameter(value: Any, lane: np.dtype[Any], shape: tuple[int, ...]) -> bo
 
 
 class Quick:
-    """Calls of one norm on C-ordered arrays of one shape and dtype, with or without weight and bias."""
+    """Calls of one norm on C-ordered arrays of one shape and dtype, on one thread, with or without weight and bias."""
 
     __slots__ = (
         "_apply",
@@ -54,11 +70,13 @@ class Quick:
         "_given",
         "_lane",
         "_layout",
+        "_new",
         "_public",
         "_result",
         "_shape",
         "epsilon",
         "size",
+        "small",
     )
 
     def __init__(self, work: Plan, form: Format, affine: bool) -> None:
@@ -69,10 +87,12 @@ class Quick:
         self._layout = layout
         self._lane = form.lane
         self._result = form.result
+        self._new = _new(work, form)
         self._shape = layout.affine_shape
         self._public = (4, *layout.stats_shape) if layout.stats_order is None else None
         self.epsilon = form.epsilon
         self.size = layout.size
+        self.small = _is_small(work)
 
     def fits(self, parameter: Any) -> bool:
         """Tell whether a weight, bias or running statistic is what the kernel reads."""
@@ -123,7 +143,7 @@ class Quick:
         if residual is None:
             y, stats = self.forward(x, weight, bias, eps, out)
             return (y, *self.public(stats)) if return_stats else y
-        y, total = _empty(x.shape, self._result), _empty(x.shape, self._result)
+        y, total = self._new(x.shape, self._result), self._new(x.shape, self._result)
         flat = residual.reshape(-1), total.reshape(-1)
         if self._result.itemsize == 2:
             weight, bias = self.widened(weight), self.widened(bias)
@@ -134,7 +154,7 @@ class Quick:
         self, x: np.ndarray, weight: Any, bias: Any, eps: float, out: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the result and the backend's statistics."""
-        y = _empty(x.shape, self._result) if out is None else out
+        y = self._new(x.shape, self._result) if out is None else out
         if self._result.itemsize == 2:
             weight, bias = self.widened(weight), self.widened(bias)
         return y, self._forward(x.reshape(-1), y.reshape(-1), weight, bias, eps)
@@ -158,7 +178,7 @@ class Quick:
         out: np.ndarray | None = None,
     ) -> np.ndarray:
         """Normalize with running statistics."""
-        y = _empty(x.shape, self._result) if out is None else out
+        y = self._new(x.shape, self._result) if out is None else out
         if self._result.itemsize == 2:
             weight, bias = self.widened(weight), self.widened(bias)
         self._apply(x.reshape(-1), y.reshape(-1), weight, bias, self._given(mean, var, eps))
@@ -166,12 +186,14 @@ class Quick:
 
 
 class QuickBackward:
-    """Backward of one norm for C-ordered arrays of one shape and dtype."""
+    """Backward of one norm for C-ordered arrays of one shape and dtype, on one thread."""
 
-    __slots__ = ("_backward", "_centred", "_lane", "_result", "_shape", "_statistics")
+    __slots__ = ("_backward", "_centred", "_lane", "_new", "_result", "_shape", "_statistics", "small")
 
     def __init__(self, work: Plan, form: Format) -> None:
         self._backward = cpu_backend().SettledBackward(work, form).backward
+        self.small = _is_small(work)
+        self._new = _new(work, form)
         self._centred = work.layout.centred
         self._lane, self._result = form.lane, form.result
         self._shape, self._statistics = work.layout.affine_shape, work.layout.stats_shape
@@ -198,7 +220,7 @@ class QuickBackward:
 
     def run(self, dy: np.ndarray, x: np.ndarray, mean: Any, rstd: np.ndarray, weight: Any) -> tuple[np.ndarray, ...]:
         """Return dx, dweight and, where there is a mean, dbias."""
-        dx = _empty(x.shape, self._result)
+        dx = self._new(x.shape, self._result)
         flat_mean = mean.reshape(-1) if self._centred else _NO_MEAN
         both = self._backward(dy.reshape(-1), x.reshape(-1), dx.reshape(-1), weight, flat_mean, rstd.reshape(-1))
         with np.errstate(all="ignore"):
@@ -310,6 +332,7 @@ class Bound:
             and bias is self._bias
             and eps is self._eps
             and x.flags.carray
+            and (self.way.small or usable_threads() == 1)
         )
 
 
@@ -337,7 +360,7 @@ def find(
         return None
     if quick is None or not quick.reads(weight) or not quick.reads(bias):
         return None
-    if not x.flags.carray:
+    if not x.flags.carray or not (quick.small or usable_threads() == 1):
         return None
     if out is not None:
         return quick if residual is None and quick.writes(out, x, weight, bias) else None
@@ -385,7 +408,9 @@ def find_backward(
         quick = _look_up_backward(norm, x.shape, x.dtype, first, second)
     except TypeError:
         return None
-    return quick if quick is not None and x.flags.carray and quick.takes(dy, x, mean, rstd, weight) else None
+    if quick is None or not x.flags.carray or not (quick.small or usable_threads() == 1):
+        return None
+    return quick if quick.takes(dy, x, mean, rstd, weight) else None
 
 
 def find_backward_by_channel(
@@ -436,8 +461,8 @@ def _look_up(
 def _plain_plan(
     norm: str, shape: tuple[int, ...], dtype: np.dtype[Any], first: Any, second: Any, separable: bool = False
 ) -> Plan | None:
-    """Return the plan for small C-ordered arrays; None where arguments do not fit or the layout is no plain one."""
-    if not 0 < prod(shape) < cpu_backend().PARALLEL_FROM:
+    """Return the plan for C-ordered arrays; None where arguments do not fit or the layout is no plain one."""
+    if not 0 < prod(shape) <= LARGEST:
         return None
     placed = tuple(dtype.itemsize * prod(shape[axis + 1 :]) for axis in range(len(shape))), dtype.itemsize
     try:

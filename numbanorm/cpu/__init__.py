@@ -104,12 +104,12 @@ def forward(
 
 
 class Settled:
-    """`forward` and `apply` for small C-ordered arrays of one shape and dtype, with all that these decide settled.
+    """`forward` and `apply` on one thread, for C-ordered arrays of one shape and dtype: all else is settled.
 
     Parameters
     ----------
     plan : Plan
-        How the arrays lie in memory; its size is below `PARALLEL_FROM`.
+        How the arrays lie in memory.
     form : Format
         Of the input's dtype.
     affine : bool
@@ -189,12 +189,12 @@ class Settled:
 
 
 class SettledBackward:
-    """`backward` for small C-ordered arrays of one shape and dtype, with all that these decide settled.
+    """`backward` on one thread, for C-ordered arrays of one shape and dtype: all else is settled.
 
     Parameters
     ----------
     plan : Plan
-        As `backward` takes it; its size is below `PARALLEL_FROM`, and `settles` is true of it.
+        As `backward` takes it; `settles` is true of it.
     form : Format
         Of the dtype of all arrays.
     """

@@ -21,6 +21,7 @@ from .lanes import (
     load_some,
     marked_lanes,
     no_lanes,
+    prefetch,
     settle_streams,
     store_lanes,
     store_some,
@@ -91,6 +92,9 @@ def _chunk_sums(sums, scratch, dy, x, weight, gradients, g, k0, first, width, ch
                 a = load_lanes(no, scratch, _A + i)
                 b = load_lanes(no, scratch, _B + i)
                 for t in range(together):
+                    if g.ahead != 0:
+                        prefetch(no, dy, dy_at + t * g.y_R0 + i + g.ahead)
+                        prefetch(no, x, x_at + t * g.x_R0 + i + g.ahead)
                     d = load_some(no, dy, dy_at + t * g.y_R0 + i, rest)
                     h = ((load_some(no, x, x_at + t * g.x_R0 + i, rest) - hi) - lo) * scale
                     if by_row:
@@ -169,6 +173,9 @@ def _emit_chunk(scratch, dy, x, dx, mask, weight, counts_of, g, k0, first, width
             mean_g = load_lanes(no, scratch, _MEAN_G + i)
             mean_gh = load_lanes(no, scratch, _MEAN_GH + i)
             for t in range(together):
+                if g.ahead != 0:
+                    prefetch(no, dy, dy_at + t * g.y_R0 + i + g.ahead)
+                    prefetch(no, x, x_at + t * g.x_R0 + i + g.ahead)
                 h = ((load_some(no, x, x_at + t * g.x_R0 + i, part) - hi) - lo) * scale
                 c = fused(h, mean_gh, mean_g)
                 if fixed:
