@@ -222,9 +222,9 @@ class QuickBackward:
         """Return dx, dweight and, where there is a mean, dbias."""
         dx = self._new(x.shape, self._result)
         flat_mean = mean.reshape(-1) if self._centred else _NO_MEAN
-        both = self._backward(dy.reshape(-1), x.reshape(-1), dx.reshape(-1), weight, flat_mean, rstd.reshape(-1))
-        with np.errstate(all="ignore"):
-            gradients = both.astype(self._lane)
+        flat = dy.reshape(-1), x.reshape(-1), dx.reshape(-1)
+        with np.errstate(all="ignore"):  # NaN and Inf go the way of all arithmetic, as in kernels: without a warning
+            gradients = self._backward(*flat, weight, flat_mean, rstd.reshape(-1)).astype(self._lane)
         dweight = gradients[0].reshape(self._shape)
         return (dx, dweight, gradients[1].reshape(self._shape)) if self._centred else (dx, dweight)
 
