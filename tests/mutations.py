@@ -33,7 +33,11 @@ MUTATIONS = [
     ("cpu/columns.py", "stop = min(chunk + g.piece_chunks, g.chunks)", "stop = min(chunk + 1, g.chunks)"),
     ("cpu/columns.py", "fused(dd, dd, fused(dc, dc", "fused(dc, dd, fused(dc, dc"),
     ("cpu/rows_backward.py", "return total * (1.0 / count)", "return total * (1.0 / (count + 1.0))"),
-    ("cpu/columns_backward.py", "gradients[0, channel] += total[TILE + i]", "gradients[0, channel] = total[TILE + i]"),
+    (
+        "cpu/columns_backward.py",
+        "gradients[0, channel] += load(total, TILE + i)",
+        "gradients[0, channel] = load(total, TILE + i)",
+    ),
     (
         "cpu/launch.py",
         'g["chunks"] = -(-r0 // g["chunk_runs"]) * g["across"]',
