@@ -125,9 +125,8 @@ def _layer() -> str:
 
 
 def _after_fork() -> None:
-    # OpenMP's threads do not survive a fork: a parallel kernel in the child would end it by SIGTERM. And where another
-    # thread was starting Numba's threads just then, the lock that it held for that stays locked in the child.
-    # Launches take no lock in such a child: `_lock` may stay locked.
+    # OpenMP's threads do not survive a fork: a parallel kernel in the child would end it by SIGTERM. `_lock` may have
+    # been held by another thread just then, and stays locked: launches take no lock in such a child.
     global _forked
     _forked = _forked or _started or _layer() != "unknown"
 

@@ -20,9 +20,11 @@ CHUNK = 16384
 """Elements a chunk of the rows kernel: 64 KiB of float32, small against L2 (1 MiB), large against a launch (2 us)."""
 
 UNIT = 2048
-"""Elements whose statistics are taken before their output is written: enough for the divisions at the end of a narrow
-group's to overlap ((65536, 64): 2.2 ms, 2.4 one by one), and few, so that streams go out while others come in
-((65536, 1024): 26.4 ms, 27.8 with 8192)."""
+"""Elements whose statistics are taken before their output is written.
+
+Enough for the divisions at the end of a narrow group's to overlap ((65536, 64): 2.2 ms, 2.3 with 512), and few, so that
+streams go out while others come in ((65536, 1024): 26.4 ms, 27.8 with 8192).
+"""
 
 SPAN = 8192
 """Elements a thread takes at a time, at least."""
@@ -44,7 +46,6 @@ AHEAD_FROM = 1 << 18
 
 SPANS = 64
 """Parts, each with one fence, of an output that is streamed: as many threads can take one, and one has 128 KiB."""
-
 
 STRIP = 32
 """Lanes that a vector holds: tiles are cut between them."""
