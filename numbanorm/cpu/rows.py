@@ -375,7 +375,7 @@ def _next_group(g, k0, k1):
 
 @scalar
 def _forward_span(span, x, residual, total, y, mask, weight, bias, stats, geometry, eps, centred):
-    """Take some groups: the statistics of each, and the output of the one that came `lag` groups before it.
+    """Take some groups, unit by unit: statistics of a unit's groups, then their output, while they are in the cache.
 
     A group's statistics end in a chain of divisions; those of the next do not wait for it, its own output would. A
     fence after each group would wait for its streams: 3 of 34 ms at (16384, 4096).
