@@ -92,8 +92,8 @@ class Call:
         self._y = target if direct and target is not None else arrays.fresh(self.plan, dtype)
         self._back = None if type(x) is np.ndarray else arrays.way_back(x)
 
-    def forward(self, eps: float) -> np.ndarray:
-        """Normalize with the statistics of the input, and return them as `cpu.forward` does."""
+    def forward(self, eps: float, keep: bool = True) -> np.ndarray:
+        """Normalize with the statistics of the input; return them as `cpu.forward` does."""
         plan = self.plan
         if plan.size == 0:
             return self._nothing(eps)
@@ -105,7 +105,8 @@ class Call:
         if self._residual is not None and self._total is not None:
             residual = arrays.flat(self._residual, plan.x, plan)
             total = arrays.flat(self._total, plan.packed, plan)
-        stats: np.ndarray = cpu_backend().forward(plan, x, y, self.weight, self.bias, eps, mask, residual, total)
+        arguments = (plan, x, y, self.weight, self.bias, eps, mask, residual, total, keep)
+        stats: np.ndarray = cpu_backend().forward(*arguments)
         self._deliver()
         return stats
 
@@ -168,7 +169,7 @@ def run(
 ) -> Any:
     """Run a norm with the statistics of its input."""
     call = Call(norm, options, x, source, form, weight, bias, mask=mask, residual=residual, out=out)
-    return call.result(call.forward(eps), return_stats)
+    return call.result(call.forward(eps, return_stats), return_stats)
 
 
 def public_statistic(row: np.ndarray, layout: Layout) -> np.ndarray:
@@ -276,7 +277,7 @@ def run_tracked(
         raise ValueError(
             f"x: expected more than 1 value per channel to normalize with its own statistics, got shape {source.shape}"
         )
-    stats = call.forward(eps)
+    stats = call.forward(eps, return_stats or running is not None)
     if running is not None and source.size > 0:
         shape = layout.stats_shape
         rows = np.stack([public_statistic(row, layout).reshape(shape) for row in stats])

@@ -404,7 +404,7 @@ class _Work:
         weight, bias = (self._part(name, step.region) for name in ("weight", "bias"))
         if self._given is None and step.stage == _ONLY:
             call = Call(self._norm, self._options(step.region), x, x, self.form, weight, bias, out=out)
-            return call.result(call.forward(self._eps), False)  # type: ignore[no-any-return]
+            return call.result(call.forward(self._eps, False), False)  # type: ignore[no-any-return]
         channel, groups, axis = self._options(step.region)
         norm, options = self._norm, (channel, groups, axis)
         if norm == "group":  # every channel has its group's statistics

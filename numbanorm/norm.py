@@ -757,7 +757,7 @@ class _Rowwise(Norm):
                 way = quick.find(self.kind, x, weight, bias, 0.0 if eps is None else eps, None, None, self._shape)
                 bound = self._bound = None if way is None else quick.Bound(way, x, weight, bias, eps)
             if bound is not None:
-                y, stats = bound.way.forward(x, weight, bias, bound.eps)
+                y, stats = bound.way.forward(x, weight, bias, bound.eps, None, self.training)
                 if self.training:
                     self._last = x, stats, bound.way  # what backward needs is made of it there
                 return y

@@ -141,23 +141,23 @@ class Quick:
     ) -> Any:
         """Normalize with the statistics of the input; return what the caller gets."""
         if residual is None:
-            y, stats = self.forward(x, weight, bias, eps, out)
+            y, stats = self.forward(x, weight, bias, eps, out, return_stats)
             return (y, *self.public(stats)) if return_stats else y
         y, total = self._new(x.shape, self._result), self._new(x.shape, self._result)
         flat = residual.reshape(-1), total.reshape(-1)
         if self._result.itemsize == 2:
             weight, bias = self.widened(weight), self.widened(bias)
-        stats = self._forward(x.reshape(-1), y.reshape(-1), weight, bias, eps, *flat)
+        stats = self._forward(x.reshape(-1), y.reshape(-1), weight, bias, eps, *flat, return_stats)
         return (y, *self.public(stats), total) if return_stats else (y, total)
 
     def forward(
-        self, x: np.ndarray, weight: Any, bias: Any, eps: float, out: np.ndarray | None = None
+        self, x: np.ndarray, weight: Any, bias: Any, eps: float, out: np.ndarray | None = None, keep: bool = True
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the result and the backend's statistics."""
+        """Return the result and, if they are to be kept, the backend's statistics."""
         y = self._new(x.shape, self._result) if out is None else out
         if self._result.itemsize == 2:
             weight, bias = self.widened(weight), self.widened(bias)
-        return y, self._forward(x.reshape(-1), y.reshape(-1), weight, bias, eps)
+        return y, self._forward(x.reshape(-1), y.reshape(-1), weight, bias, eps, None, None, keep)
 
     def public(self, stats: np.ndarray) -> tuple[np.ndarray, ...]:
         """Return a backend's statistics as users get them: mean, where there is one, and rstd."""
@@ -223,8 +223,7 @@ class QuickBackward:
         dx = self._new(x.shape, self._result)
         flat_mean = mean.reshape(-1) if self._centred else _NO_MEAN
         flat = dy.reshape(-1), x.reshape(-1), dx.reshape(-1)
-        with np.errstate(all="ignore"):  # NaN and Inf go the way of all arithmetic, as in kernels: without a warning
-            gradients = self._backward(*flat, weight, flat_mean, rstd.reshape(-1)).astype(self._lane)
+        gradients = self._backward(*flat, weight, flat_mean, rstd.reshape(-1))
         dweight = gradients[0].reshape(self._shape)
         return (dx, dweight, gradients[1].reshape(self._shape)) if self._centred else (dx, dweight)
 

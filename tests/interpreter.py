@@ -111,6 +111,8 @@ class StandIns:
     def prefetch(like: np.ndarray, array: np.ndarray, index: int) -> None:
         pass  # anywhere: no memory need be there
 
+    prefetch_near = prefetch
+
     @staticmethod
     def first_lanes(like: np.ndarray, count: int) -> np.ndarray:
         return np.arange(len(like)) < count

@@ -21,7 +21,7 @@ da = pytest.importorskip("dask.array")
 AXES = (0, 2)
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_batch_norm(tmp_path: Path, data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from([np.float32, np.float64]))

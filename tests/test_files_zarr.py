@@ -42,7 +42,7 @@ EXPECTED: dict[str, Any] = {
 }
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_chunks_and_blocks(tmp_path: Path, data: st.DataObject) -> None:
     norm = data.draw(st.sampled_from(list(EXPECTED)))

@@ -34,6 +34,9 @@ PARALLEL_FROM = 1 << 17
 
 _empty = np.empty
 
+_NO_STATS = np.empty((4, 0))
+"""Where the rows kernel writes statistics that nobody wants: of rows of 64 they are an eighth of what it writes."""
+
 SLAB_ELEMENTS = 1 << 16
 """Elements from which a slab pays: clearing and adding its gradients takes as long as about a twentieth of these."""
 
@@ -51,6 +54,7 @@ def forward(
     mask: np.ndarray | None = None,
     residual: np.ndarray | None = None,
     total: np.ndarray | None = None,
+    keep: bool = True,
 ) -> np.ndarray:
     """Normalize `x` into `y` and return its statistics.
 
@@ -68,6 +72,8 @@ def forward(
         Flat span of bool: where True, the element counts.
     residual, total : np.ndarray, optional
         Rows only: flat span like `x`'s, and a packed array for the sum, which is normalized in place of `x`.
+    keep : bool, optional
+        False: nobody wants the statistics, and what is returned may hold none.
 
     Returns
     -------
@@ -78,9 +84,10 @@ def forward(
     centred = layout.centred
     geo = geometry(plan, weight is not None or bias is not None)
     weight, bias = _affine(plan, x, weight, bias)
-    stats = np.empty((4, layout.groups))
     x, y = kernel_view(x), kernel_view(y)
     threads = _threads(plan)
+    together = not plan.columns and (threads == 1 or layout.groups >= threads)
+    stats = _NO_STATS if together and not keep else np.empty((4, layout.groups))
     if plan.columns:
         if threads == 1 or _units(geo) >= threads:
             _run(columns.forward, threads, x, y, mask, weight, bias, stats, geo, eps, centred)
@@ -91,7 +98,7 @@ def forward(
     sums: tuple[Any, Any] = (None, None)
     if residual is not None and total is not None:
         sums = kernel_view(residual), kernel_view(total)
-    if threads == 1 or layout.groups >= threads:
+    if together:
         _run(rows.forward, threads, x, *sums, y, mask, weight, bias, stats, geo, eps, centred)
         return stats
     if residual is not None:
@@ -156,9 +163,10 @@ class Settled:
         eps: float,
         residual: Any = None,
         total: Any = None,
+        keep: bool = True,
     ) -> np.ndarray:
         """Do what `forward` does, for flat arrays; `residual` in the rows kernel alone."""
-        stats = _empty(self._shape)
+        stats = _empty(self._shape) if keep or self._columns else _NO_STATS
         record = self._record
         if record is not None:
             x, y = x.view(record), y.view(record)
@@ -199,7 +207,7 @@ class SettledBackward:
         Of the dtype of all arrays.
     """
 
-    __slots__ = ("_centred", "_count", "_geometry", "_kernel", "_one", "_record", "_shape")
+    __slots__ = ("_centred", "_count", "_geometry", "_kernel", "_lane", "_one", "_record", "_shape", "_slabs")
 
     def __init__(self, plan: Plan, form: Format) -> None:
         layout = plan.layout
@@ -208,8 +216,8 @@ class SettledBackward:
         self._count = np.full(1, layout.count, np.float64)
         self._one = _constant(layout.size, form.lane, 1)
         self._record = form.record
-        items, own = _items(plan, geo)
-        self._shape = (_slabs(plan, items, own), 2, layout.size)
+        self._slabs = _slabs(plan, *_items(plan, geo))
+        self._shape, self._lane = (2, layout.size), form.lane
         self._kernel = _Compiled(columns_backward.backward if plan.columns else rows_backward.backward)
 
     @staticmethod
@@ -218,16 +226,16 @@ class SettledBackward:
         return plan.columns or not _is_long(plan)
 
     def backward(self, dy: Any, x: Any, dx: Any, weight: Any, mean: np.ndarray, rstd: np.ndarray) -> np.ndarray:
-        """Write dx and return the gradients of weight and bias, float64, shape (2, size)."""
+        """Write dx and return the gradients of weight and bias, in the lane dtype, shape (2, size)."""
         record = self._record
         if record is not None:
             dy, x, dx = dy.view(record), x.view(record), dx.view(record)
         weight = self._one if weight is None else weight.reshape(-1)
-        gradients = np.zeros(self._shape)
-        arguments = (dy, x, dx, None, weight, self._count, mean, rstd, gradients, self._geometry, self._centred)
-        self._kernel.run(*arguments)
-        total: np.ndarray = gradients[0] if self._shape[0] == 1 else gradients.sum(axis=0)
-        return total
+        result = _empty(self._shape, self._lane)
+        self._kernel.run(
+            dy, x, dx, None, weight, self._count, mean, rstd, self._slabs, result, self._geometry, self._centred
+        )
+        return result
 
 
 def _is_long(plan: Plan) -> bool:
@@ -322,7 +330,7 @@ def backward(
     Returns
     -------
     dweight, dbias : np.ndarray, shape (size,)
-        In float64, or, to save memory, in the lane dtype; dbias may be empty where there is no mean.
+        In the lane dtype, or in float64; dbias may be empty where there is no mean.
     """
     layout = plan.layout
     geo = geometry(plan, True)
@@ -347,9 +355,10 @@ def backward(
             _run(columns_backward.chunk_sums, threads, *data, weight, *stats, table, geo)
             _run(columns_backward.emit, threads, *data, out, mask, weight, *stats, table, total, geo, layout.centred)
             return total[0], total[1]
-        gradients = np.zeros((_slabs(plan, *_items(plan, geo)), 2, layout.size))
-        _run(columns_backward.backward, threads, *data, out, mask, weight, *stats, gradients, geo, layout.centred)
-        return _sum_slabs(gradients)
+        result = np.empty((2, layout.size), weight.dtype)
+        slabs = _slabs(plan, *_items(plan, geo))
+        _run(columns_backward.backward, threads, *data, out, mask, weight, *stats, slabs, result, geo, layout.centred)
+        return result[0], result[1]
     long = _is_long(plan)
     one_channel = k0 == 1 and layout.inner != 1 and layout.size == k1
     if long or (one_channel and threads > 1 and k1 < threads):
@@ -362,16 +371,17 @@ def backward(
         if long:
             dweight = np.empty(layout.size, weight.dtype)
             dbias = np.empty(layout.size if layout.centred else 0, weight.dtype)
-            arguments = (*data, out, mask, weight, *stats, sums, dweight, dbias, geo, layout.centred)
-            _run(rows_backward.emit_lanes, threads, *arguments)
+            ends = (sums, dweight, dbias, geo, layout.centred)
+            _run(rows_backward.emit_lanes, threads, *data, out, mask, weight, *stats, *ends)
             return dweight, dbias
         with np.errstate(all="ignore"):
             weighted = sums * weight
         _run(rows_backward.emit, threads, *data, out, mask, weight, *stats, weighted, geo, layout.centred)
         return sums[1], sums[0]
-    gradients = np.zeros((_slabs(plan, *_items(plan, geo)), 2, layout.size))
-    _run(rows_backward.backward, threads, *data, out, mask, weight, *stats, gradients, geo, layout.centred)
-    return _sum_slabs(gradients)
+    result = np.empty((2, layout.size), weight.dtype)
+    slabs = _slabs(plan, *_items(plan, geo))
+    _run(rows_backward.backward, threads, *data, out, mask, weight, *stats, slabs, result, geo, layout.centred)
+    return result[0], result[1]
 
 
 @np.errstate(all="ignore")
@@ -463,15 +473,6 @@ def _group_of_lanes(plan: Plan, geo: np.ndarray) -> np.ndarray:
     """Return the group of every lane of the columns kernel, where K0 is 1."""
     _, _, k1, r1 = plan.layout.view
     return np.arange(int(geo[0]["lanes"])) // r1 % k1
-
-
-def _sum_slabs(gradients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Add the slabs, in order."""
-    if len(gradients) == 1:
-        return gradients[0, 0], gradients[0, 1]
-    with np.errstate(all="ignore"):  # NaN and Inf go the way of all arithmetic, as in kernels: without a warning
-        total = gradients.sum(axis=0)
-    return total[0], total[1]
 
 
 def _slabs(plan: Plan, items: int, own: int) -> int:

@@ -477,7 +477,9 @@ def _forward_tile(unit, x, y, mask, weight, bias, stats, geometry, eps, centred)
             _merge_chunk(moments, pointer(mask), _tail_of(g, first, width, chunk), width)
     _close_groups(moments, g, k0, first, width, p_stats, eps)
     p_x, p_y = pointer(x), pointer(y)
-    _write_tile(p_x, p_y, p_weight, pointer(bias), p_stats, g, k0, first, width, np.int64(0), g.chunks)
+    for last in range(g.chunks, 0, -g.piece_chunks):  # the last rows first: they may still be in the L2 cache
+        start = max(last - g.piece_chunks, np.int64(0))
+        _write_tile(p_x, p_y, p_weight, pointer(bias), p_stats, g, k0, first, width, start, last)
 
 
 @Kernel

@@ -30,6 +30,7 @@ from .lanes import (
     until_line,
     width_of,
 )
+from .rows_backward import add_slabs
 from .welford import at
 
 FLUSH_ROWS = 64
@@ -215,7 +216,7 @@ def _backward_tile(dy, x, dx, mask, weight, counts_of, means, rstds, gradients, 
         for i in range(2 * TILE):
             store(total, i, load(total, i) + load(sums, i))
     _close_groups(total, sums, scratch, weight, counts_of, gradients, g, k0, first, width, by_row, centred)
-    for chunk in range(g.chunks):
+    for chunk in range(g.chunks - 1, -1, -1):  # the last rows may still be in the L2 cache
         _emit_chunk(scratch, dy, x, dx, mask, weight, counts_of, g, k0, first, width, chunk, by_row)
 
 
@@ -254,12 +255,14 @@ def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradi
 
 
 @Kernel
-def backward(dy, x, dx, mask, weight, counts_of, means, rstds, gradients, geometry, centred):
-    """Write dx, and add to `gradients`, shape (slabs, 2, size), dweight and dbias of each slab."""
+def backward(dy, x, dx, mask, weight, counts_of, means, rstds, slabs, result, geometry, centred):
+    """Write dx, and to `result`, shape (2, size), dweight and dbias."""
     g = geometry[0]
     tiles = 1 if g.inner % g.lanes == 0 else -(-g.lanes // g.tile)
-    for unit in prange(gradients.shape[0] * tiles):
+    gradients = np.zeros((slabs, 2, result.shape[1]))
+    for unit in prange(slabs * tiles):
         _backward_unit(np.int64(unit), dy, x, dx, mask, weight, counts_of, means, rstds, gradients, geometry, centred)
+    add_slabs(gradients, result)
 
 
 @scalar

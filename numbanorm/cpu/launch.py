@@ -13,7 +13,7 @@ import numpy as np
 
 from ..plan import Placement, Plan
 from .columns import BLOCK_ROWS, TILE, TOGETHER
-from .rows import AHEAD
+from .rows import AHEAD, AHEAD_NEAR, UNIT_GROUPS
 from .welford import BLOCK
 
 CHUNK = 16384
@@ -113,11 +113,11 @@ def _rows(g: np.void, size: int) -> None:
     g["chunks"] = -(-r0 // g["chunk_runs"]) * g["across"]
     g["block_runs"] = max(1, BLOCK // r1)
     g["piece_runs"] = runs
-    g["unit_groups"] = max(1, UNIT // (r0 * r1))
+    g["unit_groups"] = max(1, min(UNIT // (r0 * r1), UNIT_GROUPS))
     g["span_groups"] = max(1, (size // SPANS if g["stream"] else SPAN) // (r0 * r1))
     g["span_pieces"] = max(1, size // (CHUNK * SPANS)) if g["stream"] else 1
     if size >= AHEAD_FROM:
-        g["ahead"] = g["x_R0"] if r0 > 1 and g["x_R0"] > r1 and r1 <= CHUNK else AHEAD
+        g["ahead"] = g["x_R0"] if r0 > 1 and g["x_R0"] > r1 and r1 <= CHUNK else AHEAD_NEAR
 
 
 def _columns(g: np.void, size: int, folds: bool) -> None:
