@@ -143,7 +143,8 @@ class Quick:
         if residual is None:
             y, stats = self.forward(x, weight, bias, eps, out, return_stats)
             return (y, *self.public(stats)) if return_stats else y
-        y, total = self._new(x.shape, self._result), self._new(x.shape, self._result)
+        y = self._new(x.shape, self._result) if out is None else out
+        total = self._new(x.shape, self._result)
         flat = residual.reshape(-1), total.reshape(-1)
         if self._result.itemsize == 2:
             weight, bias = self.widened(weight), self.widened(bias)
@@ -361,9 +362,9 @@ def find(
         return None
     if not x.flags.carray or not (quick.small or usable_threads() == 1):
         return None
-    if out is not None:
-        return quick if residual is None and quick.writes(out, x, weight, bias) else None
-    return quick if residual is None or quick.adds(x, residual) else None
+    if not quick.adds(x, residual):
+        return None
+    return quick if out is None or quick.writes(out, x, weight, bias, residual) else None
 
 
 def find_by_channel(

@@ -134,6 +134,10 @@ class StandIns:
         return a * b + c
 
     @staticmethod
+    def rounded(lanes: np.ndarray, array: np.ndarray) -> np.ndarray:
+        return lanes.astype(_elements(array).dtype).astype(lanes.dtype)
+
+    @staticmethod
     def sum_of_lanes(lanes: np.ndarray) -> np.float64:
         while len(lanes) > 1:
             half = len(lanes) // 2

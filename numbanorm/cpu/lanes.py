@@ -367,6 +367,17 @@ def sum_of_lanes(typing_context, lanes):
     return types.float64(lanes), generate
 
 
+@intrinsic
+def rounded(typing_context, lanes, array):
+    """Return lanes as they would be read after they had been written to `array`, whose elements are floats."""
+
+    def generate(context, builder, signature, arguments):
+        name = element_format(array.dtype)
+        return _convert(builder, _unconvert(builder, arguments[0], name, lanes), name, lanes)
+
+    return lanes(lanes, array), generate
+
+
 @scalar
 def load_some(like, array, index, count):
     """Read `count` elements, or as many as there are lanes."""

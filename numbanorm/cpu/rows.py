@@ -26,6 +26,7 @@ from .lanes import (
     no_lanes,
     prefetch,
     prefetch_near,
+    rounded,
     settle_streams,
     store_lanes,
     store_part,
@@ -63,6 +64,32 @@ CLOSE = 0.0625
 """The shift stays while ``s**2/n`` is below this share of ``q``: the next block need not wait for this one's mean."""
 
 
+@inlined
+def _load(like, x, residual, at):
+    """Read lanes of x, or of x + residual, rounded as where that sum is written."""
+    v = load_lanes(like, x, at)
+    if residual is None:
+        return v
+    return rounded(v + load_lanes(like, residual, at), x)
+
+
+@inlined
+def _load_part(like, x, residual, at, part):
+    """Do the same for fewer elements than there are lanes."""
+    v = load_part(like, x, at, part)
+    if residual is None:
+        return v
+    return rounded(v + load_part(like, residual, at, part), x)
+
+
+@scalar
+def _value(x, residual, at):
+    """Read one element of x, or of that sum."""
+    if residual is None:
+        return load(x, at)
+    return sum_of_lanes(_load_part(no_lanes(x), x, residual, at, 1))
+
+
 @scalar
 def _counting_lanes(like, mask, at, step, count):
     """Choose, of the first `count` lanes, those that count."""
@@ -74,7 +101,7 @@ def _counting_lanes(like, mask, at, step, count):
 
 
 @scalar
-def _exact_moments(x, start, stride, runs, width, mask, mask_start, mask_stride, mask_step, centred):
+def _exact_moments(x, residual, start, stride, runs, width, mask, mask_start, mask_stride, mask_step, centred):
     """Return (mean, M2) of a block that is not empty, in float64 and two sweeps."""
     mean = pivot = 0.0
     n = 0
@@ -82,7 +109,7 @@ def _exact_moments(x, start, stride, runs, width, mask, mask_start, mask_stride,
     while centred and n == 0:  # the first element that counts: sums around it are exactly 0 where all are equal
         for i in range(width):
             if n == 0 and (mask is None or counts(mask, mask_start + r * mask_stride + i * mask_step)):
-                pivot = np.float64(load(x, start + r * stride + i))
+                pivot = np.float64(_value(x, residual, start + r * stride + i))
                 n = 1
         r += 1
     s = q = no_exact_lanes()
@@ -94,7 +121,7 @@ def _exact_moments(x, start, stride, runs, width, mask, mask_start, mask_stride,
             at = mask_start + r * mask_stride
             for i in range(0, width, width_of(s)):
                 chosen = _counting_lanes(s, mask, at + i * mask_step, mask_step, width - i)
-                d = choose(chosen, load_part(s, x, start + r * stride + i, width - i) - around)
+                d = choose(chosen, _load_part(s, x, residual, start + r * stride + i, width - i) - around)
                 n += chosen_count(chosen)
                 s = s + d
                 q = fused(d, d, q)
@@ -104,31 +131,33 @@ def _exact_moments(x, start, stride, runs, width, mask, mask_start, mask_stride,
 
 
 @inlined
-def _sweep(x, at, width, shift, s, q, ahead):
+def _sweep(x, residual, at, width, shift, s, q, ahead):
     """Add `width` neighbours minus the shift to `s`, and their squares to `q`; ask for those `ahead`, unless 0."""
     step = width_of(s)
     whole = width - width % step
     for i in range(at, at + whole, step):
         if ahead != 0:
             prefetch_near(s, x, i + ahead)
-        d = load_lanes(s, x, i) - shift
+            if residual is not None:
+                prefetch_near(s, residual, i + ahead)
+        d = _load(s, x, residual, i) - shift
         s = s + d
         q = fused(d, d, q)
     if whole < width:
         rest = width - whole
-        d = choose(first_lanes(s, rest), load_part(s, x, at + whole, rest) - shift)
+        d = choose(first_lanes(s, rest), _load_part(s, x, residual, at + whole, rest) - shift)
         s = s + d
         q = fused(d, d, q)
     return s, q
 
 
 @inlined
-def _sweep_marked(x, at, width, shift, s, q, mask, m):
+def _sweep_marked(x, residual, at, width, shift, s, q, mask, m):
     """Do the same for those that the mask marks from `m` on; return how many these are, too."""
     seen = 0
     for i in range(0, width, width_of(s)):
         chosen = marked_lanes(s, mask, m + i, width - i)
-        d = choose(chosen, load_part(s, x, at + i, width - i) - shift)
+        d = choose(chosen, _load_part(s, x, residual, at + i, width - i) - shift)
         seen += chosen_count(chosen)
         s = s + d
         q = fused(d, d, q)
@@ -136,12 +165,12 @@ def _sweep_marked(x, at, width, shift, s, q, mask, m):
 
 
 @inlined
-def _first_shift(x, at, width, centred):
+def _first_shift(x, residual, at, width, centred):
     """Return the mean of the first elements of a run."""
     if not centred:
         return lane(x, 0.0)
     prefix = min(PREFIX, width)
-    return lane(x, sum_of_lanes(load_part(no_lanes(x), x, at, prefix)) / prefix)
+    return lane(x, sum_of_lanes(_load_part(no_lanes(x), x, residual, at, prefix)) / prefix)
 
 
 @scalar
@@ -154,7 +183,7 @@ def _merge_near(count, mean, m2, near, near_s, near_q, k, centred):
 
 
 @scalar
-def _chunk_moments(x, mask, g, k0, k1, chunk, centred):
+def _chunk_moments(x, residual, mask, g, k0, k1, chunk, centred):
     """Return (count, mean, M2) of one chunk of the group (k0, k1)."""
     r_start = j_start = 0
     if g.chunks > 1:
@@ -164,7 +193,7 @@ def _chunk_moments(x, mask, g, k0, k1, chunk, centred):
     j_stop = min(j_start + g.chunk_width, g.R1)
     start = g.x_start + k0 * g.x_K0 + k1 * g.x_K1
     mask_start = g.mask_start + k0 * g.mask_K0 + k1 * g.mask_K1
-    k = _first_shift(x, start + r_start * g.x_R0 + j_start, j_stop - j_start, centred)
+    k = _first_shift(x, residual, start + r_start * g.x_R0 + j_start, j_stop - j_start, centred)
     count = mean = m2 = 0.0
     near = near_s = near_q = 0.0  # count and sums of the last blocks, whose shift was k and near their means
     for r in range(r_start, r_stop, g.block_runs):
@@ -179,15 +208,15 @@ def _chunk_moments(x, mask, g, k0, k1, chunk, centred):
             for t in range(runs):
                 run = at + t * g.x_R0
                 if mask is None:
-                    s, q = _sweep(x, run, width, shift, s, q, g.ahead)
+                    s, q = _sweep(x, residual, run, width, shift, s, q, g.ahead)
                     seen += width
                 else:
                     m = mask_at + t * g.mask_R0
                     if g.mask_R1 != 0:
-                        s, q, n = _sweep_marked(x, run, width, shift, s, q, mask, m)
+                        s, q, n = _sweep_marked(x, residual, run, width, shift, s, q, mask, m)
                         seen += n
                     elif counts(mask, m):
-                        s, q = _sweep(x, run, width, shift, s, q, g.ahead)
+                        s, q = _sweep(x, residual, run, width, shift, s, q, g.ahead)
                         seen += width
             if seen > 0:
                 n = np.float64(seen)
@@ -203,7 +232,7 @@ def _chunk_moments(x, mask, g, k0, k1, chunk, centred):
                 block_mean, block_m2, trusted = settle(n, block_s, block_q, np.float64(k), centred)
                 if not trusted:
                     block_mean, block_m2 = _exact_moments(
-                        x, at, g.x_R0, runs, width, mask, mask_at, g.mask_R0, g.mask_R1, centred
+                        x, residual, at, g.x_R0, runs, width, mask, mask_at, g.mask_R0, g.mask_R1, centred
                     )
                 count, mean, m2 = merge(count, mean, m2, n, block_mean, block_m2)
                 k = lane(x, block_mean)  # not the mean so far: an outlier spoils one shift, not all that follow
@@ -211,23 +240,23 @@ def _chunk_moments(x, mask, g, k0, k1, chunk, centred):
 
 
 @inlined
-def _group_moments(x, mask, g, k0, k1, centred):
+def _group_moments(x, residual, mask, g, k0, k1, centred):
     """Return (count, mean, M2) of the group (k0, k1)."""
     if mask is None and g.R0 == 1 and g.R1 <= BLOCK:  # one block: the same without the books of blocks and chunks
         at = g.x_start + k0 * g.x_K0 + k1 * g.x_K1
-        k = _first_shift(x, at, g.R1, centred)
+        k = _first_shift(x, residual, at, g.R1, centred)
         no = no_lanes(x)
-        s, q = _sweep(x, at, g.R1, all_lanes(no, k), no, no, g.ahead)
+        s, q = _sweep(x, residual, at, g.R1, all_lanes(no, k), no, no, g.ahead)
         n = np.float64(g.R1)
         mean, m2, trusted = settle(n, sum_of_lanes(s), sum_of_lanes(q), np.float64(k), centred)
         if not trusted:
             mean, m2 = _exact_moments(  # without constants, for which Numba would compile it anew
-                x, at, g.x_R0, g.R0, g.R1, mask, g.mask_start, g.mask_R0, g.mask_R1, centred
+                x, residual, at, g.x_R0, g.R0, g.R1, mask, g.mask_start, g.mask_R0, g.mask_R1, centred
             )
         return n, mean, m2
     count = mean = m2 = 0.0
     for chunk in range(g.chunks):
-        n, chunk_mean, chunk_m2 = _chunk_moments(x, mask, g, k0, k1, chunk, centred)
+        n, chunk_mean, chunk_m2 = _chunk_moments(x, residual, mask, g, k0, k1, chunk, centred)
         count, mean, m2 = merge(count, mean, m2, n, chunk_mean, chunk_m2)
     return count, mean, m2
 
@@ -241,19 +270,38 @@ def _affine(d, weight, bias, channel, gain, shift):
 
 
 @inlined
-def _write_part(x, y, weight, bias, a, b, channel, part, hi, lo, gain, shift):
-    """Write fewer elements than there are lanes."""
-    d = (load_part(hi, x, a, part) - hi) - lo
+def _whole(x, residual, total, weight, bias, places, i, hi, lo, gain, shift, stream):
+    """Return the output of as many elements as there are lanes, the `i`-th of a stretch and on; write their sums."""
+    a, t, channel = places
+    v = _load(hi, x, residual, a + i)
+    if total is not None:
+        if stream:
+            stream_lanes(v, total, t + i)
+        else:
+            store_lanes(v, total, t + i)
+    return _affine((v - hi) - lo, weight, bias, channel + i, gain, shift)
+
+
+@inlined
+def _write_part(x, residual, total, y, weight, bias, places, i, b, part, hi, lo, gain, shift):
+    """Write fewer elements than there are lanes, at `b` of `y`, and their sums."""
+    a, t, channel = places
+    v = _load_part(hi, x, residual, a + i, part)
+    if total is not None:
+        store_part(v, total, t + i, part)
+    d = (v - hi) - lo
     if weight is None:
         v = fused(d, gain, shift)
     else:
-        v = fused(d * gain, load_part(d, weight, channel, part), load_part(d, bias, channel, part))
+        v = fused(d * gain, load_part(d, weight, channel + i, part), load_part(d, bias, channel + i, part))
     store_part(v, y, b, part)
 
 
 @inlined
-def _write(x, y, weight, bias, a, b, channel, n, hi, lo, gain, shift, past, edge, carry):
-    """Write `n` neighbours of one affine map; return what `edge` holds now.
+def _write(x, residual, total, y, weight, bias, places, b, n, hi, lo, gain, shift, past, edge, carry):
+    """Write `n` neighbours of one affine map to `y` from `b` on; return what `edge` holds now.
+
+    ``places = (a, t, channel)`` tells where they begin in x and residual, in total, and in weight and bias.
 
     What comes before the first whole cache line of `y` goes apart: a vector that lies across two lines takes twice as
     long to store (100,352 elements in the L2 cache: 21 us, and 10.5 with the head apart; a copy takes 10).
@@ -263,50 +311,43 @@ def _write(x, y, weight, bias, a, b, channel, n, hi, lo, gain, shift, past, edge
     would fetch their line, and all streams would wait for it: 0.1 us a run, 28 to 37 ms at (65536, 1024).
     """
     step = width_of(hi)
+    after, held = carry
+    stream = past != 0 and n >= 2 * step
     if weight is None and step <= n <= 2 * step:  # two vectors that overlap, both read before one is written
         end = n - step
-        first = fused((load_lanes(hi, x, a) - hi) - lo, gain, shift)
-        last = fused((load_lanes(hi, x, a + end) - hi) - lo, gain, shift)
+        apart = n < step  # never: past the caches a vector must start with a line
+        first = _whole(x, residual, total, None, None, places, np.int64(0), hi, lo, gain, shift, apart)
+        last = _whole(x, residual, total, None, None, places, end, hi, lo, gain, shift, apart)
         store_lanes(first, y, b)
         store_lanes(last, y, b + end)
         return carry
-    after, held = carry
-    stream = past != 0 and n >= 2 * step
     joins = stream and held > 0 and after == b
     head = step - held if joins else min(until_line(y, b), n)
     stop = n - (n - head) % step
     if head > 0:
-        _write_part(x, edge if joins else y, weight, bias, a, held if joins else b, channel, head, hi, lo, gain, shift)
+        to = edge if joins else y
+        at = held if joins else b
+        _write_part(x, residual, total, to, weight, bias, places, np.int64(0), at, head, hi, lo, gain, shift)
     if joins:
         stream_lanes(load_lanes(hi, edge, 0), y, b - held)
         held = 0
+    both = stream
+    if total is not None:
+        both = stream and until_line(total, places[1] + head) == 0
     if stream:
         for i in range(head, stop, step):
-            prefetch(hi, x, a + i + AHEAD)
-            v = _affine((load_lanes(hi, x, a + i) - hi) - lo, weight, bias, channel + i, gain, shift)
-            stream_lanes(v, y, b + i)
+            prefetch(hi, x, places[0] + i + AHEAD)
+            stream_lanes(_whole(x, residual, total, weight, bias, places, i, hi, lo, gain, shift, both), y, b + i)
     else:
         for i in range(head, stop, step):
-            v = _affine((load_lanes(hi, x, a + i) - hi) - lo, weight, bias, channel + i, gain, shift)
-            store_lanes(v, y, b + i)
+            store_lanes(_whole(x, residual, total, weight, bias, places, i, hi, lo, gain, shift, both), y, b + i)
     if stop < n:
         if stream:
             _write_edge(y, edge, (after, held))
             after, held = b + n, n - stop
-        _write_part(
-            x,
-            edge if stream else y,
-            weight,
-            bias,
-            a + stop,
-            0 if stream else b + stop,
-            channel + stop,
-            n - stop,
-            hi,
-            lo,
-            gain,
-            shift,
-        )
+        to = edge if stream else y
+        at = 0 if stream else b + stop
+        _write_part(x, residual, total, to, weight, bias, places, stop, at, n - stop, hi, lo, gain, shift)
     return after, held
 
 
@@ -319,7 +360,7 @@ def _write_edge(y, edge, carry):
 
 
 @inlined
-def _normalize(x, y, weight, bias, g, k0, r0, k1, j, width, mean, rstd, edge, carry):
+def _normalize(x, residual, total, y, weight, bias, g, k0, r0, k1, j, width, mean, rstd, edge, carry):
     """Write `width` elements of one run, with the mean in two lanes, stretch by stretch of the affine map."""
     x_start = g.x_start + k0 * g.x_K0 + r0 * g.x_R0 + k1 * g.x_K1 + j
     y_start = g.y_start + k0 * g.y_K0 + r0 * g.y_R0 + k1 * g.y_K1 + j
@@ -327,7 +368,10 @@ def _normalize(x, y, weight, bias, g, k0, r0, k1, j, width, mean, rstd, edge, ca
     if not 1.0 / FLOAT32_SAFE < rstd < FLOAT32_SAFE:
         for i in range(width):
             channel = (flat + i) // g.inner % g.size
-            d = (load(x, x_start + i) - mean) * rstd
+            v = _value(x, residual, x_start + i)
+            if total is not None:
+                store(total, flat + i, v)
+            d = (v - mean) * rstd
             store(y, y_start + i, d * load(weight, channel) + load(bias, channel))
         return carry
     no = no_lanes(x)
@@ -337,18 +381,19 @@ def _normalize(x, y, weight, bias, g, k0, r0, k1, j, width, mean, rstd, edge, ca
     gain = all_lanes(no, scale)
     done = 0
     while done < width:
-        a = x_start + done
         b = y_start + done
         if g.inner == 1:
             channel = j if g.size == g.R1 else (flat + done) % g.size
             n = min(width - done, g.size - channel)
-            carry = _write(x, y, weight, bias, a, b, channel, n, hi, lo, gain, gain, g.stream, edge, carry)
+            places = (x_start + done, flat + done, channel)
+            carry = _write(x, residual, total, y, weight, bias, places, b, n, hi, lo, gain, gain, g.stream, edge, carry)
         else:
             channel = (flat + done) // g.inner % g.size
             n = min(width - done, g.inner - (flat + done) % g.inner)
             gain = all_lanes(no, scale * load(weight, channel))
             shift = all_lanes(no, load(bias, channel))
-            carry = _write(x, y, None, None, a, b, 0, n, hi, lo, gain, shift, g.stream, edge, carry)
+            places = (x_start + done, flat + done, np.int64(0))
+            carry = _write(x, residual, total, y, None, None, places, b, n, hi, lo, gain, shift, g.stream, edge, carry)
         done += n
     return carry
 
@@ -390,7 +435,6 @@ def _forward_span(span, x, residual, total, y, mask, weight, bias, stats, geomet
     fence after each group would wait for its streams: 3 of 34 ms at (16384, 4096).
     """
     g = geometry[0]
-    g_total = geometry[1]
     p_x, p_y, p_mask, p_weight, p_bias = pointer(x), pointer(y), pointer(mask), pointer(weight), pointer(bias)
     p_residual, p_total, p_stats = pointer(residual), pointer(total), pointer(stats)
     edge = room(p_y, EDGE)
@@ -404,12 +448,7 @@ def _forward_span(span, x, residual, total, y, mask, weight, bias, stats, geomet
     for base in range(first, stop, g.unit_groups):
         after = min(base + g.unit_groups, stop)
         for group in range(base, after):
-            if residual is None:
-                count, mean, m2 = _group_moments(p_x, p_mask, g, k0, k1, centred)
-            else:
-                for r0 in range(g.R0):
-                    _add_run(p_x, p_residual, p_total, g, k0, r0, k1)
-                count, mean, m2 = _group_moments(p_total, p_mask, g_total, k0, k1, centred)
+            count, mean, m2 = _group_moments(p_x, p_residual, p_mask, g, k0, k1, centred)
             rstd = rstd_of(count, m2, eps)
             store(held, group - base, mean)
             store(held, UNIT_GROUPS + group - base, rstd)
@@ -419,12 +458,9 @@ def _forward_span(span, x, residual, total, y, mask, weight, bias, stats, geomet
         for i in range(after - base):
             mean, rstd = load(held, i), load(held, UNIT_GROUPS + i)
             for r0 in range(g.R0):
-                if residual is None:
-                    carry = _normalize(p_x, p_y, p_weight, p_bias, g, out0, r0, out1, 0, g.R1, mean, rstd, edge, carry)
-                else:
-                    carry = _normalize(
-                        p_total, p_y, p_weight, p_bias, g_total, out0, r0, out1, 0, g.R1, mean, rstd, edge, carry
-                    )
+                carry = _normalize(
+                    p_x, p_residual, p_total, p_y, p_weight, p_bias, g, out0, r0, out1, 0, g.R1, mean, rstd, edge, carry
+                )
             out0, out1 = _next_group(g, out0, out1)
     _write_edge(p_y, edge, carry)
     if g.stream != 0:
@@ -437,8 +473,8 @@ def forward(x, residual, total, y, mask, weight, bias, stats, geometry, eps, cen
 
     `stats` has a column for each group, or none where nobody wants them.
 
-    With `residual`, x + residual is formed first, kept in `total` (contiguous) and normalized in place of `x`;
-    ``geometry[1]`` then tells how to read `total`.
+    With `residual`, which lies as `x` does, x + residual is normalized in place of `x`, and written to `total`, packed,
+    beside the output: to write it before its statistics would cost a fetch of its lines.
     """
     g = geometry[0]
     for span in prange(-(-(g.K0 * g.K1) // g.span_groups)):
@@ -451,7 +487,7 @@ def _moments_unit(unit, x, mask, table, geometry, centred):
     group = unit // g.chunks
     chunk = unit % g.chunks
     k0 = group // g.K1
-    count, mean, m2 = _chunk_moments(pointer(x), pointer(mask), g, k0, group % g.K1, chunk, centred)
+    count, mean, m2 = _chunk_moments(pointer(x), None, pointer(mask), g, k0, group % g.K1, chunk, centred)
     table[group, chunk, COUNT] = count
     table[group, chunk, MEAN] = mean
     table[group, chunk, M2] = m2
@@ -489,7 +525,7 @@ def _apply_piece(piece, x, y, weight, bias, stats, g, edge, carry):
         group = k0 * g.K1 + k1
         mean = load(stats, MEAN * groups + group)
         rstd = load(stats, RSTD * groups + group)
-        carry = _normalize(x, y, weight, bias, g, k0, r0, k1, j, width, mean, rstd, edge, carry)
+        carry = _normalize(x, None, None, y, weight, bias, g, k0, r0, k1, j, width, mean, rstd, edge, carry)
         k1 += 1  # counted on: three divisions a run take as long as 30 elements
         if k1 == g.K1:
             k1 = 0
