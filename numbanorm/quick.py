@@ -68,6 +68,7 @@ class Quick:
         "_columns",
         "_forward",
         "_given",
+        "_half",
         "_lane",
         "_layout",
         "_new",
@@ -87,6 +88,7 @@ class Quick:
         self._layout = layout
         self._lane = form.lane
         self._result = form.result
+        self._half = form.result.itemsize == 2
         self._new = _new(work, form)
         self._shape = layout.affine_shape
         self._public = (4, *layout.stats_shape) if layout.stats_order is None else None
@@ -100,9 +102,12 @@ class Quick:
 
     def reads(self, parameter: Any) -> bool:
         """Tell whether a weight or bias is what the kernel reads, or what `widened` turns into that."""
-        if self.fits(parameter):
-            return True
-        return self._result.itemsize == 2 and _is_parameter(parameter, self._result, self._shape)
+        return parameter is None or (
+            type(parameter) is _ndarray
+            and (parameter.dtype is self._lane or (self._half and parameter.dtype is self._result))
+            and parameter.shape == self._shape
+            and parameter.flags.carray
+        )
 
     def widened(self, parameter: Any) -> Any:
         """Return a weight or bias of half precision as float32, any other as it is."""
@@ -145,10 +150,10 @@ class Quick:
             return (y, *self.public(stats)) if return_stats else y
         y = self._new(x.shape, self._result) if out is None else out
         total = self._new(x.shape, self._result)
-        flat = residual.reshape(-1), total.reshape(-1)
-        if self._result.itemsize == 2:
+        flat = residual.ravel(), total.ravel()
+        if self._half:
             weight, bias = self.widened(weight), self.widened(bias)
-        stats = self._forward(x.reshape(-1), y.reshape(-1), weight, bias, eps, *flat, return_stats)
+        stats = self._forward(x.ravel(), y.ravel(), weight, bias, eps, *flat, return_stats)
         return (y, *self.public(stats), total) if return_stats else (y, total)
 
     def forward(
@@ -156,9 +161,9 @@ class Quick:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the result and, if they are to be kept, the backend's statistics."""
         y = self._new(x.shape, self._result) if out is None else out
-        if self._result.itemsize == 2:
+        if self._half:
             weight, bias = self.widened(weight), self.widened(bias)
-        return y, self._forward(x.reshape(-1), y.reshape(-1), weight, bias, eps, None, None, keep)
+        return y, self._forward(x.ravel(), y.ravel(), weight, bias, eps, None, None, keep)
 
     def public(self, stats: np.ndarray) -> tuple[np.ndarray, ...]:
         """Return a backend's statistics as users get them: mean, where there is one, and rstd."""
@@ -180,9 +185,9 @@ class Quick:
     ) -> np.ndarray:
         """Normalize with running statistics."""
         y = self._new(x.shape, self._result) if out is None else out
-        if self._result.itemsize == 2:
+        if self._half:
             weight, bias = self.widened(weight), self.widened(bias)
-        self._apply(x.reshape(-1), y.reshape(-1), weight, bias, self._given(mean, var, eps))
+        self._apply(x.ravel(), y.ravel(), weight, bias, self._given(mean, var, eps))
         return y
 
 
@@ -222,9 +227,9 @@ class QuickBackward:
     def run(self, dy: np.ndarray, x: np.ndarray, mean: Any, rstd: np.ndarray, weight: Any) -> tuple[np.ndarray, ...]:
         """Return dx, dweight and, where there is a mean, dbias."""
         dx = self._new(x.shape, self._result)
-        flat_mean = mean.reshape(-1) if self._centred else _NO_MEAN
-        flat = dy.reshape(-1), x.reshape(-1), dx.reshape(-1)
-        gradients = self._backward(*flat, weight, flat_mean, rstd.reshape(-1))
+        flat_mean = mean.ravel() if self._centred else _NO_MEAN
+        flat = dy.ravel(), x.ravel(), dx.ravel()
+        gradients = self._backward(*flat, weight, flat_mean, rstd.ravel())
         dweight = gradients[0].reshape(self._shape)
         return (dx, dweight, gradients[1].reshape(self._shape)) if self._centred else (dx, dweight)
 

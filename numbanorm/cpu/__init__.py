@@ -170,8 +170,8 @@ class Settled:
         record = self._record
         if record is not None:
             x, y = x.view(record), y.view(record)
-        weight = self._one if weight is None else weight.reshape(-1) if self._flattens else weight
-        bias = self._zero if bias is None else bias.reshape(-1) if self._flattens else bias
+        weight = self._one if weight is None else weight.ravel() if self._flattens else weight
+        bias = self._zero if bias is None else bias.ravel() if self._flattens else bias
         if self._columns:
             self._forward.run(x, y, None, weight, bias, stats, self._geometry, eps, self._centred)
         elif residual is None:
@@ -230,7 +230,7 @@ class SettledBackward:
         record = self._record
         if record is not None:
             dy, x, dx = dy.view(record), x.view(record), dx.view(record)
-        weight = self._one if weight is None else weight.reshape(-1)
+        weight = self._one if weight is None else weight.ravel()
         result = _empty(self._shape, self._lane)
         self._kernel.run(
             dy, x, dx, None, weight, self._count, mean, rstd, self._slabs, result, self._geometry, self._centred
