@@ -231,11 +231,11 @@ def _chunk_moments(moments, into, sums, x, mask, g, k0, first, width, chunk, cen
         for r in range(prefix):
             k = k + load_some(no, x, start + (r_start + r) * g.x_R0 + i, width - i)
         store_lanes(k * share, sums, _SHIFT + i)
-    blocks = -(-(r_stop - r_start) // BLOCK_ROWS)
+    blocks = -(-(r_stop - r_start) // g.block_rows)
     tail = _tail_of(g, first, width, chunk)
     for b in range(blocks + (1 if tail > 0 else 0)):
-        r = r_start + b * BLOCK_ROWS
-        rows = min(BLOCK_ROWS, r_stop - r)
+        r = r_start + b * g.block_rows
+        rows = min(g.block_rows, r_stop - r)
         wide = width
         if b == blocks:
             r, rows, wide = r_stop, 1, tail
@@ -256,8 +256,11 @@ def _chunk_moments(moments, into, sums, x, mask, g, k0, first, width, chunk, cen
 
 
 @scalar
-def _close_groups(moments, g, k0, first, width, stats, eps):
-    """Merge the lanes of a tile into the statistics of its groups."""
+def _close_groups(moments, mask, g, k0, first, width, stats, eps):
+    """Merge the lanes of a tile into the statistics of its groups: first those that were folded, all at once."""
+    once = min(width, g.K1 * g.R1)
+    for copy in range(once, width, once):
+        _merge_lanes(moments, np.int64(_TOTAL), _TOTAL + copy, np.int64(0), once, mask)
     groups = g.K0 * g.K1
     a = k0 * g.K1 + first // g.R1
     b = k0 * g.K1 + min((first + width) // g.R1, g.K1)
@@ -267,7 +270,7 @@ def _close_groups(moments, g, k0, first, width, stats, eps):
         store(stats, M2 * groups + group, 0.0)
     group = k0 * g.K1 + first // g.R1 % g.K1
     left = g.R1
-    for i in range(width):  # tiles start with a group; counted on: a division a lane takes as long as 100 elements
+    for i in range(once):  # tiles start with a group; counted on: a division a lane takes as long as 100 elements
         n, mean, m2 = merge(
             load(stats, COUNT * groups + group),
             load(stats, MEAN * groups + group),
@@ -348,15 +351,9 @@ def _write_packed(params, x, y, x_at, y_at, lanes, n, stream):
         settle_streams()
 
 
-@elementwise
-def _write_tile(x, y, weight, bias, stats, g, k0, first, width, chunk_start, chunk_stop):
-    """Normalize chunks of rows of a tile, in lanes; in float64 where float32 overflows."""
-    by_row = g.inner % g.lanes == 0
-    params = room(weight, _PARAMS_ROOM)
-    unsafe = room(stats, TILE)
-    exact = room(stats, _ROWS_ROOM)
-    row_gain = room(weight, TOGETHER)
-    row_shift = room(weight, TOGETHER)
+@scalar
+def _spread(params, unsafe, x, weight, bias, stats, g, k0, first, width, by_row):
+    """Give every lane of a tile its mean (in two parts), scale and bias; list those that float32 is unsafe for."""
     groups = g.K0 * g.K1
     unsafe_count = 0
     group = k0 * g.K1 + first // g.R1 % g.K1
@@ -391,6 +388,20 @@ def _write_tile(x, y, weight, bias, stats, g, k0, first, width, chunk_start, chu
     for i in range(once, width):
         for row in (_HI, _LO, _SCALE, _BIAS):
             store(params, row + i, load(params, row + i - once))
+    return unsafe_count
+
+
+@elementwise
+def _write_tile(x, y, weight, bias, stats, g, k0, first, width, chunk_start, chunk_stop):
+    """Normalize chunks of rows of a tile, in lanes; in float64 where float32 overflows."""
+    by_row = g.inner % g.lanes == 0
+    params = room(weight, _PARAMS_ROOM)
+    unsafe = room(stats, TILE)
+    exact = room(stats, _ROWS_ROOM)
+    row_gain = room(weight, TOGETHER)
+    row_shift = room(weight, TOGETHER)
+    groups = g.K0 * g.K1
+    unsafe_count = _spread(params, unsafe, x, weight, bias, stats, g, k0, first, width, by_row)
     r_start = chunk_start * g.chunk_rows
     r_stop = min(chunk_stop * g.chunk_rows, g.rows)
     tail = _tail_of(g, first, width, chunk_stop - 1)
@@ -475,7 +486,7 @@ def _forward_tile(unit, x, y, mask, weight, bias, stats, geometry, eps, centred)
         _chunk_moments(moments, into, sums, pointer(x), pointer(mask), g, k0, first, width, chunk, centred)
         if chunk > 0:
             _merge_chunk(moments, pointer(mask), _tail_of(g, first, width, chunk), width)
-    _close_groups(moments, g, k0, first, width, p_stats, eps)
+    _close_groups(moments, pointer(mask), g, k0, first, width, p_stats, eps)
     p_x, p_y = pointer(x), pointer(y)
     for last in range(g.chunks, 0, -g.piece_chunks):  # the last rows first: they may still be in the L2 cache
         start = max(last - g.piece_chunks, np.int64(0))
@@ -527,7 +538,7 @@ def _merge_tile(tile, mask, table, stats, geometry, eps):
                 store(scratch, into + row * TILE + i, table[tile, chunk, row, i])
         if chunk > 0:
             _merge_chunk(scratch, mask, _tail_of(g, first, width, chunk), width)
-    _close_groups(scratch, g, tile // tiles, first, width, pointer(stats), eps)
+    _close_groups(scratch, mask, g, tile // tiles, first, width, pointer(stats), eps)
 
 
 @Kernel

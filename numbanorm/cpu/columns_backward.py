@@ -11,7 +11,7 @@ from numba import prange
 
 from .columns import TILE, TOGETHER
 from .dtypes import counts, lane, load, pointer, room, store
-from .jit import Kernel, scalar
+from .jit import Kernel, elementwise, scalar
 from .lanes import (
     all_lanes,
     choose,
@@ -41,17 +41,37 @@ _HI, _LO, _SCALE, _GAIN, _MEAN_G, _MEAN_GH, _A, _B = (i * TILE for i in range(8)
 _ROOM, _SUMS_ROOM = 9 * TILE, 2 * TILE  # strips may start anywhere, and read a strip beyond the last
 
 
+@elementwise
+def _copy_folded(scratch, rows, once, width):
+    """Give lanes that were folded, copies of the first `once`, what those have in some rows of a tile's scratch."""
+    for row in range(rows[0], rows[1], TILE):
+        for i in range(row + once, row + width):
+            store(scratch, i, load(scratch, i - once))
+
+
 @scalar
 def _spread(scratch, x, weight, means, rstds, g, k0, first, width, by_row):
     """Give every lane of a tile its mean (in two parts), rstd and weight."""
-    for i in range(width):
-        group = k0 * g.K1 + (first + i) // g.R1 % g.K1
+    once = min(width, g.K1 * g.R1)
+    start = k0 * g.K1
+    group, left = start + first // g.R1 % g.K1, g.R1
+    channel, channel_left = first // g.inner % g.size, g.inner - first % g.inner
+    for i in range(once):  # counted on: three divisions a lane take as long as 30 elements
         mean = at(means, group)
         hi = lane(x, mean)
         store(scratch, _HI + i, hi)
         store(scratch, _LO + i, mean - np.float64(hi))
         store(scratch, _SCALE + i, at(rstds, group))
-        store(scratch, _GAIN + i, 1.0 if by_row else load(weight, (first + i) // g.inner % g.size))
+        store(scratch, _GAIN + i, 1.0 if by_row else load(weight, channel))
+        left -= 1
+        if left == 0:
+            left = g.R1
+            group = group + 1 if group + 1 < start + g.K1 else start
+        channel_left -= 1
+        if channel_left == 0:
+            channel_left = g.inner
+            channel = channel + 1 if channel + 1 < g.size else 0
+    _copy_folded(scratch, (_HI, _MEAN_G), once, width)
 
 
 @scalar
@@ -120,28 +140,47 @@ def _chunk_sums(sums, scratch, dy, x, weight, gradients, g, k0, first, width, ch
 @scalar
 def _close_groups(total, groups, scratch, weight, counts_of, gradients, g, k0, first, width, by_row, centred):
     """Merge the lanes' sums into groups and channels, and give every lane its group's means of g and g * h."""
-    base = first // g.R1
-    for i in range(width):
-        group = (first + i) // g.R1 % g.K1 - base
-        store(groups, group, 0.0)
-        store(groups, TILE + group, 0.0)
-    for i in range(width):
-        group = (first + i) // g.R1 % g.K1 - base
+    once = min(width, g.K1 * g.R1)
+    for copy in range(once, width, once):
+        for i in range(once):
+            store(total, i, load(total, i) + load(total, copy + i))
+            store(total, TILE + i, load(total, TILE + i) + load(total, TILE + copy + i))
+    for i in range(-(-once // g.R1)):
+        store(groups, i, 0.0)
+        store(groups, TILE + i, 0.0)
+    group, left = np.int64(0), g.R1
+    channel, channel_left = first // g.inner % g.size, g.inner - first % g.inner
+    for i in range(once):
+        a, b = load(total, i), load(total, TILE + i)
         w = 1.0
         if not by_row:
-            channel = (first + i) // g.inner % g.size
-            w = load(weight, channel)
-            gradients[0, channel] += load(total, TILE + i)
-            gradients[1, channel] += load(total, i)
-        store(groups, group, load(groups, group) + w * load(total, i))
-        store(groups, TILE + group, load(groups, TILE + group) + w * load(total, TILE + i))
-    for i in range(width):
-        group = (first + i) // g.R1 % g.K1
-        count = at(counts_of, k0 * g.K1 + group)
+            w = np.float64(load(weight, channel))
+            gradients[0, channel] += b
+            gradients[1, channel] += a
+        store(groups, group, load(groups, group) + w * a)
+        store(groups, TILE + group, load(groups, TILE + group) + w * b)
+        left -= 1
+        if left == 0:
+            left = g.R1
+            group += 1
+        channel_left -= 1
+        if channel_left == 0:
+            channel_left = g.inner
+            channel = channel + 1 if channel + 1 < g.size else 0
+    group, left = k0 * g.K1 + first // g.R1 % g.K1, g.R1
+    own = np.int64(0)
+    for i in range(once):
+        count = at(counts_of, group)
         # Where nothing counts, as in inference, the statistics do not depend on x.
         share = 1.0 / count if count > 0.0 else 0.0
-        store(scratch, _MEAN_G + i, load(groups, group - base) * share if centred else 0.0)
-        store(scratch, _MEAN_GH + i, load(groups, TILE + group - base) * share)
+        store(scratch, _MEAN_G + i, load(groups, own) * share if centred else 0.0)
+        store(scratch, _MEAN_GH + i, load(groups, TILE + own) * share)
+        left -= 1
+        if left == 0:
+            left = g.R1
+            own += 1
+            group = group + 1 if group + 1 < (k0 + 1) * g.K1 else k0 * g.K1
+    _copy_folded(scratch, (_MEAN_G, _A), once, width)
 
 
 @scalar

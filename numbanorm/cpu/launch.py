@@ -60,7 +60,7 @@ _FIELDS = """
     K0 R0 K1 R1 inner size
     x_start x_K0 x_R0 x_K1 y_start y_K0 y_R0 y_K1 mask_start mask_K0 mask_R0 mask_K1 mask_R1
     unit_groups span_groups span_pieces ahead stream
-    rows lanes tail tile chunk_rows chunk_runs chunk_width across chunks block_runs piece_runs piece_chunks
+    rows lanes tail tile block_rows chunk_rows chunk_runs chunk_width across chunks block_runs piece_runs piece_chunks
 """
 
 GEOMETRY = np.dtype([(name, np.int64) for name in _FIELDS.split()], align=True)
@@ -140,6 +140,8 @@ def _columns(g: np.void, size: int, folds: bool) -> None:
     blocks = -(-rows // BLOCK_ROWS)
     g["chunk_rows"] = -(-blocks // chunks) * BLOCK_ROWS
     g["chunks"] = -(-rows // g["chunk_rows"])
+    in_chunk = min(rows, int(g["chunk_rows"]))
+    g["block_rows"] = -(-in_chunk // max(1, in_chunk // BLOCK_ROWS))  # of one size: each end costs as much as 20 rows
     g["piece_chunks"] = max(1, PIECE // (g["chunk_rows"] * g["tile"]))
     g["rows"], g["lanes"], g["tail"] = rows, lanes, tail
     if size >= AHEAD_FROM:
