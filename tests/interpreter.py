@@ -245,6 +245,7 @@ SMALL = {
     "UNIT": 128,
     "SPAN": 256,
     "SPANS": 3,
+    "HEAD_FROM": 40,
 }
 """What `shrink` sets, wherever a module of the backend has it."""
 

@@ -428,7 +428,7 @@ def _write_tile(x, y, weight, bias, stats, g, k0, first, width, chunk_start, chu
                 if i < (width if t < whole else tail):
                     d = load(x, x_at + t * g.x_R0 + i) - load(stats, MEAN * groups + group)
                     store(exact, t * TILE + u, d * load(stats, RSTD * groups + group))
-        head = min(until_line(y, y_at), width)  # as in `rows`: vectors across two lines take twice as long to store
+        head = min(until_line(y, y_at), width) if g.stream != 0 else 0  # as in `columns_backward`
         i = 0
         while i < width:
             part = min(width_of(no), width - i)

@@ -200,7 +200,9 @@ def _emit_chunk(scratch, dy, x, dx, mask, weight, counts_of, g, k0, first, width
         x_at = g.x_start + k0 * g.x_K0 + r * g.x_R0 + first
         dy_at = g.y_start + k0 * g.y_K0 + r * g.y_R0 + first
         dx_at = k0 * packed + r * g.lanes + first
-        head = min(until_line(dx, dx_at), wide)  # as in `rows`: vectors across two lines take twice as long to store
+        # Past the caches only whole lines can go; in them parts of vectors at both ends of every row take longer than
+        # vectors across lines: 80 us, not 35, for 100,352 elements in rows of 192.
+        head = min(until_line(dx, dx_at), wide) if g.stream != 0 else 0
         i = 0
         while i < wide:
             part = min(width_of(no), wide - i)

@@ -13,6 +13,7 @@ from ..plan import COUNT, M2, MEAN, RSTD
 from .dtypes import counts, lane, load, pointer, room, store
 from .jit import Kernel, inlined, scalar
 from .lanes import (
+    HEAD_FROM,
     all_lanes,
     choose,
     chosen_count,
@@ -322,7 +323,11 @@ def _write(x, residual, total, y, weight, bias, places, b, n, hi, lo, gain, shif
         store_lanes(last, y, b + end)
         return carry
     joins = stream and held > 0 and after == b
-    head = step - held if joins else min(until_line(y, b), n)
+    head = 0
+    if joins:
+        head = step - held
+    elif past != 0 or n >= HEAD_FROM:
+        head = min(until_line(y, b), n)
     stop = n - (n - head) % step
     if head > 0:
         to = edge if joins else y

@@ -21,6 +21,7 @@ from numba import prange
 from .dtypes import counts, lane, load, pointer, store
 from .jit import Kernel, elementwise, inlined, scalar
 from .lanes import (
+    HEAD_FROM,
     LINE,
     all_lanes,
     choose,
@@ -139,7 +140,7 @@ def _emit_stretch(dy, x, dx, mask, weight, starts, width, products, half, values
     """Write `width` elements of dx under one affine map; what comes before the first whole cache line goes apart."""
     hi = values[0]
     step = width_of(hi)
-    head = min(until_line(dx, starts[2]), width)
+    head = min(until_line(dx, starts[2]), width) if g.stream != 0 or width >= HEAD_FROM else 0
     stop = width - (width - head) % step
     stream = g.stream != 0 and (head == 0 or width >= LONG_RUN)
     if head > 0:
