@@ -194,6 +194,75 @@ def _emit(dy, x, dx, mask, weight, products, p, half, g, k0, r0, k1, start, stop
 
 
 @inlined
+def _row(x, g, k0, k1, mean, rstd, mean_g, mean_gh):
+    """Return where a row lies in dy, x and dx, and what belongs to all of its elements, in lanes."""
+    no = no_lanes(x)
+    hi = lane(x, mean)
+    return (
+        g.y_start + k0 * g.y_K0 + k1 * g.y_K1,
+        g.x_start + k0 * g.x_K0 + k1 * g.x_K1,
+        (k0 * g.K1 + k1) * g.R1,
+        all_lanes(no, hi),
+        all_lanes(no, lane(x, mean - np.float64(hi))),
+        all_lanes(no, lane(x, rstd)),
+        all_lanes(no, lane(x, mean_g)),
+        all_lanes(no, lane(x, mean_gh)),
+    )
+
+
+@inlined
+def _strip_of(dy, x, dx, row, i, part, gain, line):
+    """Write `part` elements of dx of a row, up to a vector; return dy and h."""
+    dy_at, x_at, dx_at, hi, lo, scale, c, e = row
+    h = ((load_some(hi, x, x_at + i, part) - hi) - lo) * scale
+    d = load_some(hi, dy, dy_at + i, part)
+    v = (d * gain - fused(h, e, c)) * scale
+    if line:
+        stream_lanes(v, dx, dx_at + i)
+    else:
+        store_some(v, dx, dx_at + i, part)
+    return d, h
+
+
+@inlined
+def _emit_strips(dy, x, dx, weight, rows, i, part, products, p, half, line):
+    """Write `part` elements of dx of four rows; add to `products` what all four add."""
+    no = no_lanes(x)
+    gain = load_some(no, weight, i, part)
+    da, ha = _strip_of(dy, x, dx, rows[0], i, part, gain, line)
+    db, hb = _strip_of(dy, x, dx, rows[1], i, part, gain, line)
+    dc, hc = _strip_of(dy, x, dx, rows[2], i, part, gain, line)
+    dd, hd = _strip_of(dy, x, dx, rows[3], i, part, gain, line)
+    of_h = fused(dd, hd, fused(dc, hc, fused(db, hb, fused(da, ha, load_some(no, products, p + i, part)))))
+    store_some(of_h, products, p + i, part)
+    of_d = load_some(no, products, p + half + i, part) + ((da + db) + (dc + dd))
+    store_some(of_d, products, p + half + i, part)
+
+
+@inlined
+def _emit_together(dy, x, dx, weight, rows, products, p, g):
+    """Write dx of four rows with weights along them, and add to `products`.
+
+    For a row alone products and weights are most of what is read and written in the L1 cache.
+    """
+    step = width_of(no_lanes(x))
+    even = until_line(dx, rows[0][2]) == until_line(dx, rows[1][2])
+    head = min(until_line(dx, rows[0][2]), g.R1) if even and (g.stream != 0 or g.R1 >= HEAD_FROM) else 0
+    stop = g.R1 - (g.R1 - head) % step
+    stream = g.stream != 0 and even and (head == 0 or g.R1 >= LONG_RUN)
+    plain = stream and head < 0  # never
+    if head > 0:
+        _emit_strips(dy, x, dx, weight, rows, np.int64(0), head, products, p, g.R1, plain)
+    for i in range(head, stop, step):
+        if stream:  # the row after these, while they are written
+            prefetch(rows[3][3], dy, rows[3][0] + g.R1 + i)
+            prefetch(rows[3][3], x, rows[3][1] + g.R1 + i)
+        _emit_strips(dy, x, dx, weight, rows, i, step, products, p, g.R1, stream)
+    if stop < g.R1:
+        _emit_strips(dy, x, dx, weight, rows, stop, g.R1 - stop, products, p, g.R1, plain)
+
+
+@inlined
 def _products_from(dx, dx_at, products):
     """Return where to begin in `products`, so that its vectors, too, start with cache lines where those of dx do."""
     lanes = LINE // products.itemsize
@@ -222,6 +291,21 @@ def _average(total, count):
 
 
 @scalar
+def _all_depend(averages, i):
+    """Tell whether dx of four rows depends on x: not in inference, where NaN and Inf in x must not come in."""
+    depend = True
+    for row in range(i, i + 8, 2):
+        depend = depend and not (load(averages, row) == 0.0 and load(averages, row + 1) == 0.0)
+    return depend
+
+
+@inlined
+def _row_at(x, g, k0, k1, means, rstds, averages, i):
+    group = k0 * g.K1 + k1
+    return _row(x, g, k0, k1, at(means, group), at(rstds, group), load(averages, i), load(averages, i + 1))
+
+
+@scalar
 def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradients, geometry, centred):
     """Take the samples of one slab at one k1: sums, then dx, while the group is in the cache."""
     g = geometry[0]
@@ -231,7 +315,8 @@ def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradi
     along = g.inner == 1
     channels = 1 if along else max(1, g.R1 // g.inner)
     first = k1 * g.R1 // g.inner % g.size
-    batch = g.unit_groups
+    fours = mask is None and along and g.R0 == 1 and g.size == g.R1
+    batch = max(g.unit_groups, 4) if fours else g.unit_groups
     # Sums of a chunk, of all chunks, and means of a batch: one array, as each takes 90 ns.
     scratch = np.empty(4 * channels + 2 * batch)
     total = 2 * channels
@@ -278,7 +363,22 @@ def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradi
             count = at(counts_of, group)
             store(p_scratch, means_of + 2 * (k0 - base), _average(sum_g, count) if centred else 0.0)
             store(p_scratch, means_of + 2 * (k0 - base) + 1, _average(sum_gh, count))
-        for k0 in range(base, min(base + batch, stop)):
+        last = min(base + batch, stop)
+        k0 = base
+        while k0 < last:
+            done = k0 - start
+            if fours and k0 + 4 <= last and _all_depend(p_scratch, means_of + 2 * (k0 - base)):
+                four = (
+                    _row_at(p_x, g, k0, k1, means, rstds, p_scratch, means_of + 2 * (k0 - base)),
+                    _row_at(p_x, g, k0 + 1, k1, means, rstds, p_scratch, means_of + 2 * (k0 + 1 - base)),
+                    _row_at(p_x, g, k0 + 2, k1, means, rstds, p_scratch, means_of + 2 * (k0 + 2 - base)),
+                    _row_at(p_x, g, k0 + 3, k1, means, rstds, p_scratch, means_of + 2 * (k0 + 3 - base)),
+                )
+                _emit_together(p_dy, p_x, p_dx, p_weight, four, p_products, p, g)
+                k0 += 4
+                if (k0 - start) // FLUSH > done // FLUSH:
+                    _flush(p_products, p, half, p_gradients, flush_at, size)
+                continue
             group = k0 * g.K1 + k1
             mean, rstd = at(means, group), at(rstds, group)
             at_means = means_of + 2 * (k0 - base)
@@ -304,7 +404,8 @@ def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradi
                     mean_g,
                     mean_gh,
                 )
-            if along and (k0 - start) % FLUSH == FLUSH - 1:
+            k0 += 1
+            if along and (k0 - start) // FLUSH > done // FLUSH:
                 _flush(p_products, p, half, p_gradients, flush_at, size)
     if g.stream != 0:
         settle_streams()
