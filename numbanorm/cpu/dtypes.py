@@ -177,7 +177,7 @@ def truncate_half(builder, value, name, in_hardware):
         return builder.bitcast(builder.fptrunc(value, kind(ir.HalfType())), short)
     bits = builder.bitcast(value, integer)
     magnitude = builder.and_(bits, constant(0x7FFFFFFF))
-    is_nan = builder.icmp_unsigned(">", magnitude, constant(0x7F800000))
+    is_nan = builder.fcmp_unordered("uno", value, value)
 
     def rounded(value, dropped, offset):
         """Drop low bits, to nearest even, after subtracting an offset."""
