@@ -33,11 +33,13 @@ MUTATIONS = [
     ("cpu/columns.py", "stop = min(chunk + g.piece_chunks, g.chunks)", "stop = min(chunk + 1, g.chunks)"),
     ("cpu/columns.py", "fused(dd, dd, fused(dc, dc", "fused(dc, dd, fused(dc, dc"),
     ("cpu/rows_backward.py", "return total * (1.0 / count)", "return total * (1.0 / (count + 1.0))"),
-    (
-        "cpu/columns_backward.py",
-        "gradients[0, channel] += load(total, TILE + i)",
-        "gradients[0, channel] = load(total, TILE + i)",
-    ),
+    ("cpu/rows_backward.py", "((da + db) + (dc + dd))", "((da + db) + (dc + dc))"),
+    ("cpu/rows_backward.py", "slab * n + i", "i"),
+    ("cpu/rows.py", "rounded(v + load_lanes(like, residual, at), x)", "v + load_lanes(like, residual, at)"),
+    ("cpu/columns.py", "np.int64(_TOTAL), _TOTAL + copy, np", "np.int64(_TOTAL), _TOTAL + once, np"),
+    ("cpu/columns_backward.py", "gradients[0, channel] += b", "gradients[0, channel] = b"),
+    ("cpu/columns_backward.py", "group = group + 1 if group + 1 < start + g.K1 else start", "group = start"),
+    ("cpu/columns_backward.py", "load(total, TILE + copy + i)", "load(total, copy + i)"),
     (
         "cpu/launch.py",
         'g["chunks"] = -(-r0 // g["chunk_runs"]) * g["across"]',

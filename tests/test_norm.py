@@ -411,6 +411,24 @@ def test_wrong(call: Callable[[], Any], kind: type[Exception], message: str) -> 
         call()
 
 
+@pytest.mark.parametrize("shape", [(3, 1), (7, 33), (5, 64), (40, 100), (4, 1000), (3, 5000), (2, 40000), (520, 4100)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+def test_a_residual_is_added_first(shape: tuple[int, int], dtype: Any) -> None:
+    """The same bits as of the sum, wherever they go; (520, 4100) goes past the caches."""
+    x, residual = (normal(seed, shape, np.float64).astype(dtype) for seed in (0, 1))
+    weight, bias = (normal(seed, shape[1:], np.float32).astype(dtype) for seed in (2, 3))
+    own = {"x": x.copy(), "residual": residual.copy()}
+    beside = np.empty(x.size + 3, dtype)[3:].reshape(shape)  # never from the start of a line on
+    y = nn.layer_norm(x + residual, shape[1], weight, bias)
+    for out in (None, beside, *own.values()):
+        given = {name: array if array is out else array.copy() for name, array in own.items()}
+        result, total = nn.layer_norm(given["x"], shape[1], weight, bias, residual=given["residual"], out=out)
+        np.testing.assert_array_equal(total, x + residual)
+        np.testing.assert_array_equal(result, y)
+        assert out is None or result is out
+        own["x"][...], own["residual"][...] = x, residual
+
+
 def test_residual() -> None:
     x, residual = normal(0, (4, 9, 64)), normal(1, (4, 9, 64))
     for layer in (randomize(nn.LayerNorm(64)), randomize(nn.RMSNorm(64))):
