@@ -406,7 +406,7 @@ def results(dtype, threads):
             moments = nn.Moments.of(x, 0)
             digest.update(moments.mean.tobytes() + moments.var().tobytes())
     return digest.hexdigest()
-for name in ("float32", "float64", "float16", "bfloat16", "int16"):
+for name in ("float32", "float64", "bfloat16"):
     dtype = np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
     found = {results(dtype, n) for n in (1, 2, 4)}
     assert len(found) == 1, name
@@ -422,10 +422,10 @@ def bits() -> dict[str, str]:
 
 @every_layer
 def test_same_bits(layer: str, bits: dict[str, str]) -> None:
-    """All functions and dtypes on 1, 2 and 4 threads, and the same as under the layers before."""
+    """All functions on 1, 2 and 4 threads, and the same as under the layers before."""
     pytest.importorskip("ml_dtypes")
     bits[layer] = run_on(layer, BITS, begin="")  # kernels for all dtypes may have to be compiled
-    assert len(bits[layer].splitlines()) == 5
+    assert len(bits[layer].splitlines()) == 3
     assert len(set(bits.values())) == 1
 
 

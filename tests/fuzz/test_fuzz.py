@@ -45,14 +45,14 @@ def fuzz_well(calls: int, *options: str, **own: str) -> None:
 @pytest.mark.slow
 def test_compiled() -> None:
     """`run.py --calls 100000` makes more, of all dtypes."""
-    fuzz_well(1500, "--few-dtypes")
+    fuzz_well(1000, "--few-dtypes")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--shrunk",)])
 def test_interpreted(options: tuple[str, ...]) -> None:
     """The kernels as plain Python, which checks every index; shrunk, so that little arrays take all ways."""
-    fuzz_well(2000, "--seed", "1", *options, NUMBA_DISABLE_JIT="1", NUMBA_NUM_THREADS="2")
+    fuzz_well(1500, "--seed", "1", *options, NUMBA_DISABLE_JIT="1", NUMBA_NUM_THREADS="2")
 
 
 @settings(max_examples=200, suppress_health_check=list(HealthCheck))
