@@ -35,7 +35,7 @@ MUTATIONS = [
     ("cpu/rows_backward.py", "return total * (1.0 / count)", "return total * (1.0 / (count + 1.0))"),
     ("cpu/rows_backward.py", "((da + db) + (dc + dd))", "((da + db) + (dc + dc))"),
     ("cpu/rows_backward.py", "slab * n + i", "i"),
-    ("cpu/rows.py", "rounded(v + load_lanes(like, residual, at), x)", "v + load_lanes(like, residual, at)"),
+    ("cpu/rows.py", "store_part(v, total, t + i, part)", "store_part(v, total, t, part)"),
     ("cpu/columns.py", "np.int64(_TOTAL), _TOTAL + copy, np", "np.int64(_TOTAL), _TOTAL + once, np"),
     ("cpu/columns_backward.py", "gradients[0, channel] += b", "gradients[0, channel] = b"),
     ("cpu/columns_backward.py", "group = group + 1 if group + 1 < start + g.K1 else start", "group = start"),

@@ -412,13 +412,15 @@ def test_wrong(call: Callable[[], Any], kind: type[Exception], message: str) -> 
 
 
 @pytest.mark.parametrize("shape", [(3, 1), (7, 33), (5, 64), (40, 100), (4, 1000), (3, 5000), (2, 40000), (520, 4100)])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
-def test_a_residual_is_added_first(shape: tuple[int, int], dtype: Any) -> None:
-    """The same bits as of the sum, wherever they go; (520, 4100) goes past the caches."""
-    x, residual = (normal(seed, shape, np.float64).astype(dtype) for seed in (0, 1))
-    weight, bias = (normal(seed, shape[1:], np.float32).astype(dtype) for seed in (2, 3))
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+def test_a_residual_is_added_first(shape: tuple[int, int], dtype: str) -> None:
+    """The same bits as of the sum, wherever they go; (520, 4100) goes past the caches, a constant row another way."""
+    kind = np.dtype(pytest.importorskip("ml_dtypes").bfloat16 if dtype == "bfloat16" else dtype)
+    x, residual = (normal(seed, shape, np.float64).astype(kind) for seed in (0, 1))
+    x[1], residual[1] = 3, 1.01
+    weight, bias = (normal(seed, shape[1:], np.float32).astype(kind) for seed in (2, 3))
     own = {"x": x.copy(), "residual": residual.copy()}
-    beside = np.empty(x.size + 3, dtype)[3:].reshape(shape)  # never from the start of a line on
+    beside = np.empty(x.size + 3, kind)[3:].reshape(shape)  # never from the start of a line on
     y = nn.layer_norm(x + residual, shape[1], weight, bias)
     for out in (None, beside, *own.values()):
         given = {name: array if array is out else array.copy() for name, array in own.items()}

@@ -123,6 +123,8 @@ def _convert(builder, raw, name, lanes):
 def _unconvert(builder, vector, name, lanes):
     """Turn lanes into elements as they are stored, rounded to nearest even."""
     if name in ("float16", "bfloat16"):
+        if lanes.element == types.float64:
+            vector = builder.fptrunc(vector, ir.VectorType(ir.FloatType(), lanes.width))
         return truncate_half(builder, vector, name, has_f16c())
     if name == "float32" and lanes.element == types.float64:
         return builder.fptrunc(vector, ir.VectorType(ir.FloatType(), lanes.width))
