@@ -194,9 +194,13 @@ def _emit(dy, x, dx, mask, weight, products, p, half, g, k0, r0, k1, start, stop
 
 
 @inlined
-def _row(x, g, k0, k1, mean, rstd, mean_g, mean_gh):
-    """Return where a row lies in dy, x and dx, and what belongs to all of its elements, in lanes."""
+def _row(x, g, k0, k1, means, rstds, averages, i):
+    """Return where a row lies in dy, x and dx, and what belongs to all of its elements, in lanes.
+
+    `averages` holds, from `i` on, the row's means of g and g * h.
+    """
     no = no_lanes(x)
+    mean = at(means, k0 * g.K1 + k1)
     hi = lane(x, mean)
     return (
         g.y_start + k0 * g.y_K0 + k1 * g.y_K1,
@@ -204,9 +208,9 @@ def _row(x, g, k0, k1, mean, rstd, mean_g, mean_gh):
         (k0 * g.K1 + k1) * g.R1,
         all_lanes(no, hi),
         all_lanes(no, lane(x, mean - np.float64(hi))),
-        all_lanes(no, lane(x, rstd)),
-        all_lanes(no, lane(x, mean_g)),
-        all_lanes(no, lane(x, mean_gh)),
+        all_lanes(no, lane(x, at(rstds, k0 * g.K1 + k1))),
+        all_lanes(no, lane(x, load(averages, i))),
+        all_lanes(no, lane(x, load(averages, i + 1))),
     )
 
 
@@ -299,12 +303,6 @@ def _all_depend(averages, i):
     return depend
 
 
-@inlined
-def _row_at(x, g, k0, k1, means, rstds, averages, i):
-    group = k0 * g.K1 + k1
-    return _row(x, g, k0, k1, at(means, group), at(rstds, group), load(averages, i), load(averages, i + 1))
-
-
 @scalar
 def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradients, geometry, centred):
     """Take the samples of one slab at one k1: sums, then dx, while the group is in the cache."""
@@ -316,7 +314,7 @@ def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradi
     channels = 1 if along else max(1, g.R1 // g.inner)
     first = k1 * g.R1 // g.inner % g.size
     fours = mask is None and along and g.R0 == 1 and g.size == g.R1
-    batch = max(g.unit_groups, 4) if fours else g.unit_groups
+    batch = -(-g.unit_groups // 4) * 4 if fours else g.unit_groups
     # Sums of a chunk, of all chunks, and means of a batch: one array, as each takes 90 ns.
     scratch = np.empty(4 * channels + 2 * batch)
     total = 2 * channels
@@ -367,12 +365,13 @@ def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradi
         k0 = base
         while k0 < last:
             done = k0 - start
-            if fours and k0 + 4 <= last and _all_depend(p_scratch, means_of + 2 * (k0 - base)):
+            at_means = means_of + 2 * (k0 - base)
+            if fours and k0 + 4 <= last and _all_depend(p_scratch, at_means):
                 four = (
-                    _row_at(p_x, g, k0, k1, means, rstds, p_scratch, means_of + 2 * (k0 - base)),
-                    _row_at(p_x, g, k0 + 1, k1, means, rstds, p_scratch, means_of + 2 * (k0 + 1 - base)),
-                    _row_at(p_x, g, k0 + 2, k1, means, rstds, p_scratch, means_of + 2 * (k0 + 2 - base)),
-                    _row_at(p_x, g, k0 + 3, k1, means, rstds, p_scratch, means_of + 2 * (k0 + 3 - base)),
+                    _row(p_x, g, k0, k1, means, rstds, p_scratch, at_means),
+                    _row(p_x, g, k0 + 1, k1, means, rstds, p_scratch, at_means + 2),
+                    _row(p_x, g, k0 + 2, k1, means, rstds, p_scratch, at_means + 4),
+                    _row(p_x, g, k0 + 3, k1, means, rstds, p_scratch, at_means + 6),
                 )
                 _emit_together(p_dy, p_x, p_dx, p_weight, four, p_products, p, g)
                 k0 += 4
@@ -381,7 +380,6 @@ def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradi
                 continue
             group = k0 * g.K1 + k1
             mean, rstd = at(means, group), at(rstds, group)
-            at_means = means_of + 2 * (k0 - base)
             mean_g, mean_gh = load(p_scratch, at_means), load(p_scratch, at_means + 1)
             for r0 in range(g.R0):
                 _emit(
