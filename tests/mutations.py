@@ -22,7 +22,7 @@ MUTATIONS = [
     ("cpu/welford.py", "TINY = 1e-30", "TINY = -1.0"),
     ("cpu/rows.py", "FLOAT32_SAFE = 1e30", "FLOAT32_SAFE = 1e45"),
     ("cpu/rows.py", "pivot + sum_of_lanes(s) / n", "pivot + sum_of_lanes(s) / (n + 1)"),
-    ("cpu/rows.py", "channel = (flat + done) // g.inner % g.size", "channel = flat // g.inner % g.size"),
+    ("cpu/rows.py", "of = of + 1 if of + 1 < g.size", "of = of if of + 1 < g.size"),
     ("cpu/rows.py", "y, b - held)", "y, b)"),
     ("cpu/rows.py", "held > 0 and after == b", "held > 0"),
     ("cpu/rows.py", "near_q += block_q", "near_q = block_q"),

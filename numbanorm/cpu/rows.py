@@ -384,6 +384,9 @@ def _normalize(x, residual, total, y, weight, bias, g, k0, r0, k1, j, width, mea
     lo = all_lanes(no, lane(x, mean - np.float64(lane(x, mean))))
     scale = lane(x, rstd)
     gain = all_lanes(no, scale)
+    of = within = np.int64(0)
+    if g.inner != 1:  # then counted on: two divisions a channel take as long as 30 elements
+        of, within = flat // g.inner % g.size, flat % g.inner
     done = 0
     while done < width:
         b = y_start + done
@@ -393,10 +396,11 @@ def _normalize(x, residual, total, y, weight, bias, g, k0, r0, k1, j, width, mea
             places = (x_start + done, flat + done, channel)
             carry = _write(x, residual, total, y, weight, bias, places, b, n, hi, lo, gain, gain, g.stream, edge, carry)
         else:
-            channel = (flat + done) // g.inner % g.size
-            n = min(width - done, g.inner - (flat + done) % g.inner)
-            gain = all_lanes(no, scale * load(weight, channel))
-            shift = all_lanes(no, load(bias, channel))
+            n = min(width - done, g.inner - within)
+            gain = all_lanes(no, scale * load(weight, of))
+            shift = all_lanes(no, load(bias, of))
+            within = np.int64(0)
+            of = of + 1 if of + 1 < g.size else np.int64(0)
             places = (x_start + done, flat + done, np.int64(0))
             carry = _write(x, residual, total, y, None, None, places, b, n, hi, lo, gain, shift, g.stream, edge, carry)
         done += n
