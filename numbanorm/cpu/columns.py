@@ -38,7 +38,7 @@ TILE = 512
 """Lanes a tile: shift, sum, squares and count in float32 take 8 KiB, a tile's moments in float64 12 KiB."""
 
 BLOCK_ROWS = 128
-"""Rows a block: 32 float32 additions a lane (four rows at a time) between merges."""
+"""Rows a block, and less than twice as many where they are all: 32 to 64 float32 additions a lane between merges."""
 
 TOGETHER = 4
 """Rows that are taken together, strip by strip, so that what belongs to a lane is loaded once for all of them."""

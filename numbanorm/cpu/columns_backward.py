@@ -56,7 +56,7 @@ def _spread(scratch, x, weight, means, rstds, g, k0, first, width, by_row):
     start = k0 * g.K1
     group, left = start + first // g.R1 % g.K1, g.R1
     channel, channel_left = first // g.inner % g.size, g.inner - first % g.inner
-    for i in range(once):  # counted on: three divisions a lane take as long as 30 elements
+    for i in range(once):  # counted on, not divided
         mean = at(means, group)
         hi = lane(x, mean)
         store(scratch, _HI + i, hi)

@@ -141,7 +141,7 @@ def _columns(g: np.void, size: int, folds: bool) -> None:
     g["chunk_rows"] = -(-blocks // chunks) * BLOCK_ROWS
     g["chunks"] = -(-rows // g["chunk_rows"])
     in_chunk = min(rows, int(g["chunk_rows"]))
-    g["block_rows"] = -(-in_chunk // max(1, in_chunk // BLOCK_ROWS))  # of one size: each end costs as much as 20 rows
+    g["block_rows"] = -(-in_chunk // max(1, in_chunk // BLOCK_ROWS))  # of one size, no short last one
     g["piece_chunks"] = max(1, PIECE // (g["chunk_rows"] * g["tile"]))
     g["rows"], g["lanes"], g["tail"] = rows, lanes, tail
     if size >= AHEAD_FROM:

@@ -316,7 +316,7 @@ def _write(x, residual, total, y, weight, bias, places, b, n, hi, lo, gain, shif
     stream = past != 0 and n >= 2 * step
     if weight is None and step <= n <= 2 * step:  # two vectors that overlap, both read before one is written
         end = n - step
-        apart = n < step  # never: past the caches a vector must start with a line
+        apart = n < step  # never; Numba would compile `_whole` anew for a constant
         first = _whole(x, residual, total, None, None, places, np.int64(0), hi, lo, gain, shift, apart)
         last = _whole(x, residual, total, None, None, places, end, hi, lo, gain, shift, apart)
         store_lanes(first, y, b)
@@ -385,7 +385,7 @@ def _normalize(x, residual, total, y, weight, bias, g, k0, r0, k1, j, width, mea
     scale = lane(x, rstd)
     gain = all_lanes(no, scale)
     of = within = np.int64(0)
-    if g.inner != 1:  # then counted on: two divisions a channel take as long as 30 elements
+    if g.inner != 1:  # then counted on, not divided: (8, 2048, 7, 7) in 32 groups 366 to 333 us
         of, within = flat // g.inner % g.size, flat % g.inner
     done = 0
     while done < width:

@@ -254,7 +254,7 @@ def _emit_together(dy, x, dx, weight, rows, products, p, g):
     head = min(until_line(dx, rows[0][2]), g.R1) if even and (g.stream != 0 or g.R1 >= HEAD_FROM) else 0
     stop = g.R1 - (g.R1 - head) % step
     stream = g.stream != 0 and even and (head == 0 or g.R1 >= LONG_RUN)
-    plain = stream and head < 0  # never
+    plain = stream and head < 0  # never; Numba would compile the strips anew for a constant
     if head > 0:
         _emit_strips(dy, x, dx, weight, rows, np.int64(0), head, products, p, g.R1, plain)
     for i in range(head, stop, step):
@@ -315,7 +315,7 @@ def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradi
     first = k1 * g.R1 // g.inner % g.size
     fours = mask is None and along and g.R0 == 1 and g.size == g.R1
     batch = -(-g.unit_groups // 4) * 4 if fours else g.unit_groups
-    # Sums of a chunk, of all chunks, and means of a batch: one array, as each takes 90 ns.
+    # Sums of a chunk, of all chunks, and means of a batch: one array, not three: 29.4 to 26.5 us for 32 units.
     scratch = np.empty(4 * channels + 2 * batch)
     total = 2 * channels
     means_of = 4 * channels
