@@ -126,6 +126,10 @@ class StandIns:
         return np.where(choice, lanes, lanes.dtype.type(0))
 
     @staticmethod
+    def blended(choice: np.ndarray, lanes: np.ndarray, others: np.ndarray) -> np.ndarray:
+        return np.where(choice, lanes, others)
+
+    @staticmethod
     def chosen_count(choice: np.ndarray) -> int:
         return int(choice.sum())
 
@@ -230,7 +234,7 @@ def install() -> None:
 
 SMALL = {
     "CHUNK": 160,
-    "BLOCK": 48,
+    "BLOCK": 64,
     "BLOCK_ROWS": 8,
     "FOLD_LANES": 48,
     "FLUSH": 2,
@@ -239,12 +243,12 @@ SMALL = {
     "LONG_RUN": 96,
     "STREAM_FROM": 256,
     "AHEAD_FROM": 128,
-    "SLAB_ELEMENTS": 64,
+    "SLAB_ELEMENTS": 480,
     "PARALLEL_FROM": 200,
     "PIECE": 256,
     "UNIT": 128,
     "SPAN": 256,
-    "SPANS": 3,
+    "SPANS": 2,
     "HEAD_FROM": 40,
 }
 """What `shrink` sets, wherever a module of the backend has it."""

@@ -15,8 +15,9 @@ from numbanorm.cli import cli
 
 COUNT_COMPILED = """
 import numpy as np, numbanorm as nn
-x = np.ones((4, 64), np.float32)
-nn.RMSNorm(64)(x)
+x = np.ones(({rows}, {width}), np.float32)
+nn.set_num_threads(1)
+nn.RMSNorm({width})(x)
 from numbanorm.cpu import rows
 print(sum(rows.forward.serial.stats.cache_misses.values()), sum(rows.forward.serial.stats.cache_hits.values()))
 """
@@ -25,14 +26,15 @@ print(sum(rows.forward.serial.stats.cache_misses.values()), sum(rows.forward.ser
 def test_a_later_process_compiles_nothing(tmp_path: Path) -> None:
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
 
-    def counts() -> str:
-        command = [sys.executable, "-c", COUNT_COMPILED]
+    def counts(rows: int = 4, width: int = 64) -> str:
+        command = [sys.executable, "-c", COUNT_COMPILED.format(rows=rows, width=width)]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
 
     command = [sys.executable, "-m", "numbanorm", "warmup", "--norms", "rms", "--forward"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert "2/2" in result.stdout
     assert counts() == "0 1"
+    assert counts(1 << 10, 2048) == "0 1"  # long rows past the caches, whose kernel is another
 
 
 def test_every_norm_and_dtype() -> None:

@@ -99,7 +99,8 @@ def forward(
     if residual is not None and total is not None:
         sums = kernel_view(residual), kernel_view(total)
     if together:
-        _run(rows.forward, threads, x, *sums, y, mask, weight, bias, stats, geo, eps, centred)
+        pairs = True if mask is None and geo[0]["pairs"] else None
+        _run(rows.forward, threads, x, *sums, y, mask, weight, bias, stats, geo, eps, centred, pairs)
         return stats
     if residual is not None:
         _run(rows.add, threads, x, *sums, geo)
@@ -133,6 +134,7 @@ class Settled:
         "_geometry",
         "_given",
         "_one",
+        "_pairs",
         "_record",
         "_shape",
         "_zero",
@@ -153,6 +155,7 @@ class Settled:
         self._adding = _Compiled(kernels.forward)
         self._apply = _Compiled(kernels.apply)
         self._given = _Compiled(rows.given)
+        self._pairs = True if self._geometry[0]["pairs"] else None
 
     def forward(
         self,
@@ -175,11 +178,15 @@ class Settled:
         if self._columns:
             self._forward.run(x, y, None, weight, bias, stats, self._geometry, eps, self._centred)
         elif residual is None:
-            self._forward.run(x, None, None, y, None, weight, bias, stats, self._geometry, eps, self._centred)
+            self._forward.run(
+                x, None, None, y, None, weight, bias, stats, self._geometry, eps, self._centred, self._pairs
+            )
         else:
             if record is not None:
                 residual, total = residual.view(record), total.view(record)
-            self._adding.run(x, residual, total, y, None, weight, bias, stats, self._geometry, eps, self._centred)
+            self._adding.run(
+                x, residual, total, y, None, weight, bias, stats, self._geometry, eps, self._centred, self._pairs
+            )
         return stats
 
     def given(self, mean: np.ndarray, var: np.ndarray, eps: float) -> np.ndarray:

@@ -332,6 +332,16 @@ def choose(typing_context, choice, lanes):
 
 
 @intrinsic
+def blended(typing_context, choice, lanes, others):
+    """Return the chosen lanes, and those of `others` in place of the others."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.select(*arguments)
+
+    return lanes(choice, lanes, others), generate
+
+
+@intrinsic
 def chosen_count(typing_context, choice):
     """Return how many lanes are chosen."""
 

@@ -43,6 +43,7 @@ from .lanes import (
     until_line,
     width_of,
 )
+from .rows import AHEAD_PAIRS
 from .welford import BLOCK, at
 
 FLUSH = 32
@@ -318,23 +319,22 @@ def _all_depend(averages, i):
 
 
 @inlined
-def _sum_strip(dy, x, row, i, gain, a, b, ahead):
+def _sum_strip(dy, x, row, i, gain, a, b):
     """Add, of a row's elements from `i` on, g to `a` and g * h to `b`."""
     dy_at, x_at, _, hi, scale, low, _, _ = row
-    prefetch_near(a, dy, dy_at + i + ahead)
-    prefetch_near(a, x, x_at + i + ahead)
+    prefetch_near(a, dy, dy_at + i + AHEAD_PAIRS)
+    prefetch_near(a, x, x_at + i + AHEAD_PAIRS)
     d = load_lanes(a, dy, dy_at + i) * gain
     return a + d, fused(d, fused(load_lanes(a, x, x_at + i) - hi, scale, low), b)
 
 
 @inlined
-def _stream_strip(dy, x, dx, row, i, gain, of_h, of_d):
-    """Write lanes of dx of a row past the caches; add dy * h to `of_h` and dy to `of_d`."""
-    dy_at, x_at, dx_at, hi, scale, low, c, e = row
+def _strip_beside(dy, x, row, i, gain, of_h, of_d):
+    """Return lanes of dx of a row, `of_h` with dy * h added, and `of_d` with dy added."""
+    dy_at, x_at, _, hi, scale, low, c, e = row
     h = fused(load_lanes(hi, x, x_at + i) - hi, scale, low)
     d = load_lanes(hi, dy, dy_at + i)
-    stream_lanes(fused(d, gain, fused(h, e, c)) * scale, dx, dx_at + i)
-    return fused(d, h, of_h), of_d + d
+    return fused(d, gain, fused(h, e, c)) * scale, fused(d, h, of_h), of_d + d
 
 
 @scalar
@@ -351,11 +351,13 @@ def _stream_pair(k0, dy, x, dx, weight, counts_of, means, rstds, averages, produ
         s_a = q_a = s_b = q_b = no_lanes(x)
         for i in range(j, min(j + BLOCK, g.R1), width_of(s_a)):
             gain = load_lanes(s_a, weight, i)
-            s_a, q_a = _sum_strip(dy, x, next_a, i, gain, s_a, q_a, g.ahead)
-            s_b, q_b = _sum_strip(dy, x, next_b, i, gain, s_b, q_b, g.ahead)
+            s_a, q_a = _sum_strip(dy, x, next_a, i, gain, s_a, q_a)
+            s_b, q_b = _sum_strip(dy, x, next_b, i, gain, s_b, q_b)
             of_h, of_d = load_lanes(s_a, products, p + i), load_lanes(s_a, products, p + g.R1 + i)
-            of_h, of_d = _stream_strip(dy, x, dx, last_a, i, gain, of_h, of_d)
-            of_h, of_d = _stream_strip(dy, x, dx, last_b, i, gain, of_h, of_d)
+            v_a, of_h, of_d = _strip_beside(dy, x, last_a, i, gain, of_h, of_d)
+            v_b, of_h, of_d = _strip_beside(dy, x, last_b, i, gain, of_h, of_d)
+            stream_lanes(v_a, dx, last_a[2] + i)
+            stream_lanes(v_b, dx, last_b[2] + i)
             store_lanes(of_h, products, p + i)
             store_lanes(of_d, products, p + g.R1 + i)
         g_a += sum_of_lanes(s_a)
@@ -386,7 +388,8 @@ def _stream_pairs(
 ):
     """Take all but the last two or three of some long rows, whose dx goes past the caches; return where they begin.
 
-    Memory reads and writes best by turns: (16384, 4096) takes 42 ms so, 54 where a row is summed and then written.
+    Memory reads and writes best by turns: (16384, 4096) takes 42 ms so, 54 where a row is summed and then written, 50
+    where four are.
     """
     k0 = start
     if until_line(dx, start * g.R1) == 0 and stop - start >= 4 and at(counts_of, start) > 0.0:

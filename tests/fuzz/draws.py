@@ -27,6 +27,9 @@ MOST = 1500
 """Elements of an input at most, and bytes of its memory: two strips of the widest lanes, and a block and a half."""
 ARENA_BYTES = 2 << 20
 
+WIDE = ((13, 96), (9, 160), (2, 7, 96), (5, 6, 32), (7, 2, 96), (3, 4, 8, 12), (2, 6, 4, 24))
+"""Shapes of groups of whole vectors, enough of them for two to be written beside the sums of the next two."""
+
 SPREAD = 32 << 10
 """Bytes from which an array lies in one piece."""
 
@@ -157,6 +160,10 @@ def lengths_of(rnd: Random, least: int, most: int = 6) -> tuple[int, ...]:
     lengths = [rnd.choice((1, 2, 2, 3, 3, 4, 5, 7)) for _ in range(ndim)]
     if ndim and rnd.random() < 0.3:
         lengths[rnd.randrange(ndim)] = rnd.choice((8, 15, 16, 17, 31, 32, 33, 40, 63, 64, 65, 127, 130, 513, 1025))
+    wide = [shape for shape in WIDE if least <= len(shape) <= most]
+    if wide and rnd.random() < 0.08:
+        lengths = list(rnd.choice(wide))
+        ndim = len(lengths)
     if ndim and rnd.random() < 0.04:
         lengths[rnd.randrange(ndim)] = 0
     while prod(lengths) > MOST:
