@@ -32,7 +32,7 @@ from .lanes import (
     width_of,
 )
 from .rows import AHEAD, FLOAT32_SAFE
-from .welford import HUGE, POOR, PREFIX, TINY, merge, rstd_of
+from .welford import HUGE, POOR, PREFIX, TINY, merge, rstd_of, shift_of
 
 TILE = 512
 """Lanes a tile: shift, sum, squares and count in float32 take 8 KiB, a tile's moments in float64 12 KiB."""
@@ -46,13 +46,13 @@ TOGETHER = 4
 # Offsets in a tile's scratch arrays. One array with constant offsets, not four arrays: LLVM gives up on a vector loop
 # that needs more than eight checks of pointers against each other.
 _SHIFT, _SUM, _SQUARES, _SEEN = 0, TILE, 2 * TILE, 3 * TILE
-_HI, _LO, _SCALE, _BIAS = 0, TILE, 2 * TILE, 3 * TILE
+_HI, _GAIN, _OFFSET = 0, TILE, 2 * TILE
 _TURNED = TILE + 32  # of each of these, and a vector more
 _N, _MEAN, _M2 = 0, TILE, 2 * TILE
 _BLOCK, _CHUNK, _TOTAL, _EXACT = 0, 3 * TILE, 6 * TILE, 9 * TILE  # of a block, of a chunk, of all, of a second look
 # How much room they take; strips may start anywhere, and read a strip beyond the last.
 _SUMS_ROOM, _MOMENTS_ROOM = 4 * TILE, 12 * TILE
-_PARAMS_ROOM, _TURNED_ROOM, _ROWS_ROOM = 5 * TILE, 4 * _TURNED, TOGETHER * TILE
+_PARAMS_ROOM, _TURNED_ROOM, _ROWS_ROOM = 4 * TILE, 3 * _TURNED, TOGETHER * TILE
 
 
 @elementwise
@@ -296,8 +296,8 @@ def _close_groups(moments, mask, g, k0, first, width, stats, eps):
 @inlined
 def _strip(like, x, at, count, params, i):
     """Normalize `count` neighbours, at most as many as there are lanes, with the parameters from `i` on."""
-    d = (load_some(like, x, at, count) - load_lanes(like, params, _HI + i)) - load_lanes(like, params, _LO + i)
-    return fused(d, load_lanes(like, params, _SCALE + i), load_lanes(like, params, _BIAS + i))
+    d = load_some(like, x, at, count) - load_lanes(like, params, _HI + i)
+    return fused(d, load_lanes(like, params, _GAIN + i), load_lanes(like, params, _OFFSET + i))
 
 
 @scalar
@@ -319,7 +319,7 @@ def _write_packed(params, x, y, x_at, y_at, lanes, n, stream):
     # The parameters in the order in which lanes come from there on, and a vector more.
     turned = room(params, _TURNED_ROOM)
     first = head % lanes
-    for row in range(4):
+    for row in range(3):
         to = row * _TURNED
         of = row * TILE
         for i in range(first, lanes):
@@ -333,8 +333,8 @@ def _write_packed(params, x, y, x_at, y_at, lanes, n, stream):
     for i in range(head, stop, step):
         if stream:
             prefetch(no, x, x_at + i + AHEAD)
-        d = (load_lanes(no, x, x_at + i) - load_lanes(no, turned, at)) - load_lanes(no, turned, _TURNED + at)
-        v = fused(d, load_lanes(no, turned, 2 * _TURNED + at), load_lanes(no, turned, 3 * _TURNED + at))
+        d = load_lanes(no, x, x_at + i) - load_lanes(no, turned, at)
+        v = fused(d, load_lanes(no, turned, _TURNED + at), load_lanes(no, turned, 2 * _TURNED + at))
         if stream:
             stream_lanes(v, y, y_at + i)
         else:
@@ -344,8 +344,8 @@ def _write_packed(params, x, y, x_at, y_at, lanes, n, stream):
             at = at - lanes if at < 2 * lanes else at % lanes
     rest = n - stop
     if rest > 0:
-        d = (load_part(no, x, x_at + stop, rest) - load_lanes(no, turned, at)) - load_lanes(no, turned, _TURNED + at)
-        v = fused(d, load_lanes(no, turned, 2 * _TURNED + at), load_lanes(no, turned, 3 * _TURNED + at))
+        d = load_part(no, x, x_at + stop, rest) - load_lanes(no, turned, at)
+        v = fused(d, load_lanes(no, turned, _TURNED + at), load_lanes(no, turned, 2 * _TURNED + at))
         store_part(v, y, y_at + stop, rest)
     if stream:
         settle_streams()
@@ -353,7 +353,10 @@ def _write_packed(params, x, y, x_at, y_at, lanes, n, stream):
 
 @scalar
 def _spread(params, unsafe, x, weight, bias, stats, g, k0, first, width, by_row):
-    """Give every lane of a tile its mean (in two parts), scale and bias; list those that float32 is unsafe for."""
+    """Give every lane of a tile its mean, as a lane holds it, gain and offset; list those float32 is unsafe for.
+
+    By row, where weight and bias are the rows', gain and offset lack them.
+    """
     groups = g.K0 * g.K1
     unsafe_count = 0
     group = k0 * g.K1 + first // g.R1 % g.K1
@@ -370,9 +373,11 @@ def _spread(params, unsafe, x, weight, bias, stats, g, k0, first, width, by_row)
                 unsafe_count += 1
         hi = lane(x, mean)
         store(params, _HI + i, hi)
-        store(params, _LO + i, mean - np.float64(hi))
-        store(params, _SCALE + i, rstd if by_row else rstd * load(weight, channel))
-        store(params, _BIAS + i, 0.0 if by_row else load(bias, channel))
+        gain, offset = rstd, 0.0
+        if not by_row:
+            gain, offset = rstd * load(weight, channel), np.float64(load(bias, channel))
+        store(params, _GAIN + i, gain)
+        store(params, _OFFSET + i, shift_of(offset, mean - np.float64(hi), gain))
         left -= 1
         if left == 0:
             left = g.R1
@@ -386,7 +391,7 @@ def _spread(params, unsafe, x, weight, bias, stats, g, k0, first, width, by_row)
             channel_left = g.inner
             channel = channel + 1 if channel + 1 < g.size else 0
     for i in range(once, width):
-        for row in (_HI, _LO, _SCALE, _BIAS):
+        for row in (_HI, _GAIN, _OFFSET):
             store(params, row + i, load(params, row + i - once))
     return unsafe_count
 
@@ -435,28 +440,27 @@ def _write_tile(x, y, weight, bias, stats, g, k0, first, width, chunk_start, chu
             if i < head:
                 part = head - i
             hi = load_lanes(no, params, _HI + i)
-            lo = load_lanes(no, params, _LO + i)
-            scale = load_lanes(no, params, _SCALE + i)
-            shift = load_lanes(no, params, _BIAS + i)
+            gain = load_lanes(no, params, _GAIN + i)
+            offset = load_lanes(no, params, _OFFSET + i)
             for t in range(together):
                 a = x_at + t * g.x_R0 + i
                 b = y_at + t * g.y_R0 + i
                 here = part if t < whole else min(part, tail - i)
-                gain = scale
-                offset = shift
-                if by_row:
-                    gain = scale * all_lanes(no, load(row_gain, t))
-                    offset = all_lanes(no, load(row_shift, t))
                 if here == width_of(no):
                     if g.stream != 0:
                         prefetch(no, x, a + TOGETHER * g.x_R0)
-                    v = fused((load_lanes(no, x, a) - hi) - lo, gain, offset)
+                    v = fused(load_lanes(no, x, a) - hi, gain, offset)
+                    if by_row:
+                        v = fused(v, all_lanes(no, load(row_gain, t)), all_lanes(no, load(row_shift, t)))
                     if g.stream != 0 and until_line(y, b) == 0:
                         stream_lanes(v, y, b)
                     else:
                         store_lanes(v, y, b)
                 elif here > 0:
-                    store_part(fused((load_part(no, x, a, here) - hi) - lo, gain, offset), y, b, here)
+                    v = fused(load_part(no, x, a, here) - hi, gain, offset)
+                    if by_row:
+                        v = fused(v, all_lanes(no, load(row_gain, t)), all_lanes(no, load(row_shift, t)))
+                    store_part(v, y, b, here)
             i += part
         for t in range(together if unsafe_count > 0 else 0):
             for u in range(unsafe_count):

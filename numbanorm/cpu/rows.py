@@ -38,7 +38,7 @@ from .lanes import (
     until_line,
     width_of,
 )
-from .welford import BLOCK, HUGE, PREFIX, TINY, merge, rstd_of, settle
+from .welford import BLOCK, HUGE, PREFIX, TINY, merge, rstd_of, settle, shift_of
 
 FLOAT32_SAFE = 1e30
 """Groups whose rstd is outside 1/FLOAT32_SAFE to FLOAT32_SAFE are written in float64: float32 would overflow."""
@@ -297,19 +297,16 @@ def _group_moments(x, residual, mask, g, k0, k1, centred):
 
 
 @inlined
-def _affine(v, weight, bias, channel, part, hi, lo, gain, shift):
-    """Normalize `part` lanes; weight and bias are read from `channel` on, or are in `gain` and `shift` already.
-
-    Where they are read, `shift` is what `lo`, the rest of the mean, comes to: an operation less, and as exact.
-    """
-    if weight is None:
-        return fused((v - hi) - lo, gain, shift)
+def _affine(v, weight, bias, channel, part, hi, gain, shift):
+    """Normalize `part` lanes; weight and bias are read from `channel` on, or are in `gain` and `shift` already."""
     d = fused(v - hi, gain, shift)
+    if weight is None:
+        return d
     return fused(d, load_some(d, weight, channel, part), load_some(d, bias, channel, part))
 
 
 @inlined
-def _whole(x, residual, total, weight, bias, places, i, hi, lo, gain, shift, stream):
+def _whole(x, residual, total, weight, bias, places, i, hi, gain, shift, stream):
     """Return the output of as many elements as there are lanes, the `i`-th of a stretch and on; write their sums."""
     a, t, channel = places
     v = _load(hi, x, residual, a + i)
@@ -318,21 +315,21 @@ def _whole(x, residual, total, weight, bias, places, i, hi, lo, gain, shift, str
             stream_lanes(v, total, t + i)
         else:
             store_lanes(v, total, t + i)
-    return _affine(v, weight, bias, channel + i, width_of(v), hi, lo, gain, shift)
+    return _affine(v, weight, bias, channel + i, width_of(v), hi, gain, shift)
 
 
 @inlined
-def _write_part(x, residual, total, y, weight, bias, places, i, b, part, hi, lo, gain, shift):
+def _write_part(x, residual, total, y, weight, bias, places, i, b, part, hi, gain, shift):
     """Write fewer elements than there are lanes, at `b` of `y`, and their sums."""
     a, t, channel = places
     v = _load_part(hi, x, residual, a + i, part)
     if total is not None:
         store_part(v, total, t + i, part)
-    store_part(_affine(v, weight, bias, channel + i, part, hi, lo, gain, shift), y, b, part)
+    store_part(_affine(v, weight, bias, channel + i, part, hi, gain, shift), y, b, part)
 
 
 @inlined
-def _write(x, residual, total, y, weight, bias, places, b, n, hi, lo, gain, shift, past, edge, carry):
+def _write(x, residual, total, y, weight, bias, places, b, n, hi, gain, shift, past, edge, carry):
     """Write `n` neighbours of one affine map to `y` from `b` on; return what `edge` holds now.
 
     ``places = (a, t, channel)`` tells where they begin in x and residual, in total, and in weight and bias.
@@ -350,8 +347,8 @@ def _write(x, residual, total, y, weight, bias, places, b, n, hi, lo, gain, shif
     if weight is None and step <= n <= 2 * step:  # two vectors that overlap, both read before one is written
         end = n - step
         apart = n < step  # never; Numba would compile `_whole` anew for a constant
-        first = _whole(x, residual, total, None, None, places, np.int64(0), hi, lo, gain, shift, apart)
-        last = _whole(x, residual, total, None, None, places, end, hi, lo, gain, shift, apart)
+        first = _whole(x, residual, total, None, None, places, np.int64(0), hi, gain, shift, apart)
+        last = _whole(x, residual, total, None, None, places, end, hi, gain, shift, apart)
         store_lanes(first, y, b)
         store_lanes(last, y, b + end)
         return carry
@@ -365,7 +362,7 @@ def _write(x, residual, total, y, weight, bias, places, b, n, hi, lo, gain, shif
     if head > 0:
         to = edge if joins else y
         at = held if joins else b
-        _write_part(x, residual, total, to, weight, bias, places, np.int64(0), at, head, hi, lo, gain, shift)
+        _write_part(x, residual, total, to, weight, bias, places, np.int64(0), at, head, hi, gain, shift)
     if joins:
         stream_lanes(load_lanes(hi, edge, 0), y, b - held)
         held = 0
@@ -375,17 +372,17 @@ def _write(x, residual, total, y, weight, bias, places, b, n, hi, lo, gain, shif
     if stream:
         for i in range(head, stop, step):
             prefetch(hi, x, places[0] + i + AHEAD)
-            stream_lanes(_whole(x, residual, total, weight, bias, places, i, hi, lo, gain, shift, both), y, b + i)
+            stream_lanes(_whole(x, residual, total, weight, bias, places, i, hi, gain, shift, both), y, b + i)
     else:
         for i in range(head, stop, step):
-            store_lanes(_whole(x, residual, total, weight, bias, places, i, hi, lo, gain, shift, both), y, b + i)
+            store_lanes(_whole(x, residual, total, weight, bias, places, i, hi, gain, shift, both), y, b + i)
     if stop < n:
         if stream:
             _write_edge(y, edge, (after, held))
             after, held = b + n, n - stop
         to = edge if stream else y
         at = 0 if stream else b + stop
-        _write_part(x, residual, total, to, weight, bias, places, stop, at, n - stop, hi, lo, gain, shift)
+        _write_part(x, residual, total, to, weight, bias, places, stop, at, n - stop, hi, gain, shift)
     return after, held
 
 
@@ -398,13 +395,24 @@ def _write_edge(y, edge, carry):
 
 
 @inlined
-def _map_of(x, mean, rstd):
-    """Return lanes (hi, lo, gain, shift): the mean in two parts, rstd, and what `lo` comes to (see `_affine`)."""
+def map_of(x, mean, rstd):
+    """Return lanes (hi, gain, shift) with which (x - mean) * rstd is (x - hi) * gain + shift.
+
+    hi is the mean as a lane holds it; the shift makes up for the rest of it: two operations an element, not three.
+    """
     no = no_lanes(x)
     hi = lane(x, mean)
-    rest = mean - np.float64(hi)
-    shift = -rest * rstd if rest != 0.0 else 0.0
-    return all_lanes(no, hi), all_lanes(no, lane(x, rest)), all_lanes(no, lane(x, rstd)), all_lanes(no, lane(x, shift))
+    shift = shift_of(0.0, mean - np.float64(hi), rstd)
+    return all_lanes(no, hi), all_lanes(no, lane(x, rstd)), all_lanes(no, lane(x, shift))
+
+
+@inlined
+def _channel_map(x, weight, bias, channel, mean, rstd):
+    """Return gain and shift of one channel, weight and bias included."""
+    no = no_lanes(x)
+    gain = lane(x, rstd) * load(weight, channel)
+    shift = shift_of(np.float64(load(bias, channel)), mean - np.float64(lane(x, mean)), np.float64(gain))
+    return all_lanes(no, gain), all_lanes(no, lane(x, shift))
 
 
 @scalar
@@ -428,12 +436,10 @@ def _normalize(x, residual, total, y, weight, bias, g, k0, r0, k1, j, width, mea
             d = (v - mean) * rstd
             store(y, y_start + i, d * load(weight, channel) + load(bias, channel))
         return carry
-    no = no_lanes(x)
-    hi, lo, gain, shift = _map_of(x, mean, rstd)
-    scale = lane(x, rstd)
+    hi, gain, low = map_of(x, mean, rstd)
     of = within = np.int64(0)
     if g.inner != 1:  # then counted on, not divided: (8, 2048, 7, 7) in 32 groups 366 to 333 us
-        of, within = flat // g.inner % g.size, flat % g.inner
+        of, within = _channel_of(g, flat), flat % g.inner
     done = 0
     while done < width:
         b = y_start + done
@@ -441,17 +447,14 @@ def _normalize(x, residual, total, y, weight, bias, g, k0, r0, k1, j, width, mea
             channel = j if g.size == g.R1 else (flat + done) % g.size
             n = min(width - done, g.size - channel)
             places = (x_start + done, flat + done, channel)
-            carry = _write(
-                x, residual, total, y, weight, bias, places, b, n, hi, lo, gain, shift, g.stream, edge, carry
-            )
+            carry = _write(x, residual, total, y, weight, bias, places, b, n, hi, gain, low, g.stream, edge, carry)
         else:
             n = min(width - done, g.inner - within)
-            gain = all_lanes(no, scale * load(weight, of))
-            shift = all_lanes(no, load(bias, of))
+            gain, shift = _channel_map(x, weight, bias, of, mean, rstd)
             within = np.int64(0)
             of = of + 1 if of + 1 < g.size else np.int64(0)
             places = (x_start + done, flat + done, np.int64(0))
-            carry = _write(x, residual, total, y, None, None, places, b, n, hi, lo, gain, shift, g.stream, edge, carry)
+            carry = _write(x, residual, total, y, None, None, places, b, n, hi, gain, shift, g.stream, edge, carry)
         done += n
     return carry
 
@@ -486,17 +489,15 @@ def _next_group(g, k0, k1):
 
 
 @inlined
-def _channel_map(x, weight, bias, g, flat, rstd):
-    """Return gain and shift of the channel of an element, for `_affine` without weights."""
-    no = no_lanes(x)
-    channel = flat // g.inner % g.size
-    return all_lanes(no, lane(x, rstd) * load(weight, channel)), all_lanes(no, load(bias, channel))
+def _channel_of(g, flat):
+    """Return the channel of an element, by its place in packed memory."""
+    return flat // g.inner % g.size
 
 
 @scalar
 def _write_ends(x, residual, total, y, weight, bias, g, x_at, group, head, mean, rstd, edge, carry):
     """Write the first `head` elements of a group, and as many as a vector lacks then at its end, by way of `edge`."""
-    hi, lo, gain, low = _map_of(x, mean, rstd)
+    hi, gain, low = map_of(x, mean, rstd)
     rest = width_of(hi) - head
     after, held = carry
     flat = group * g.R1
@@ -509,17 +510,17 @@ def _write_ends(x, residual, total, y, weight, bias, g, x_at, group, head, mean,
     to = edge if joins else y
     b = held if joins else y_at
     if g.inner == 1:
-        _write_part(x, residual, total, to, weight, bias, places, first, b, head, hi, lo, gain, low)
+        _write_part(x, residual, total, to, weight, bias, places, first, b, head, hi, gain, low)
     else:
-        gain, shift = _channel_map(x, weight, bias, g, flat, rstd)
-        _write_part(x, residual, total, to, None, None, places, first, b, head, hi, lo, gain, shift)
+        gain, shift = _channel_map(x, weight, bias, _channel_of(g, flat), mean, rstd)
+        _write_part(x, residual, total, to, None, None, places, first, b, head, hi, gain, shift)
     if joins:
         stream_lanes(load_lanes(hi, edge, 0), y, y_at - held)
     if g.inner == 1:
-        _write_part(x, residual, total, edge, weight, bias, places, last, first, rest, hi, lo, gain, low)
+        _write_part(x, residual, total, edge, weight, bias, places, last, first, rest, hi, gain, low)
     else:
-        gain, shift = _channel_map(x, weight, bias, g, flat + last, rstd)
-        _write_part(x, residual, total, edge, None, None, places, last, first, rest, hi, lo, gain, shift)
+        gain, shift = _channel_map(x, weight, bias, _channel_of(g, flat + last), mean, rstd)
+        _write_part(x, residual, total, edge, None, None, places, last, first, rest, hi, gain, shift)
     return y_at + g.R1, rest
 
 
@@ -547,8 +548,8 @@ def _stream_pair(x, residual, total, y, weight, bias, g, group, held, edge, carr
     y_a, y_b = g.y_start + flat_a, g.y_start + flat_b
     mean_a, mean_b = load(held, 0), load(held, 1)
     rstd_a, rstd_b = load(held, UNIT_GROUPS), load(held, UNIT_GROUPS + 1)
-    hi_a, lo_a, gain_a, low_a = _map_of(x, mean_a, rstd_a)
-    hi_b, lo_b, gain_b, low_b = _map_of(x, mean_b, rstd_b)
+    hi_a, gain_a, low_a = map_of(x, mean_a, rstd_a)
+    hi_b, gain_b, low_b = map_of(x, mean_b, rstd_b)
     near = np.int64(AHEAD_PAIRS)
     head = until_line(y, y_a)
     if head > 0:
@@ -577,29 +578,29 @@ def _stream_pair(x, residual, total, y, weight, bias, g, group, held, edge, carr
                     for t in range(i, part, step):
                         s_c, q_c = _sweep_strip(x, residual, c + t, k_c, s_c, q_c, near)
                         s_d, q_d = _sweep_strip(x, residual, d + t, k_d, s_d, q_d, near)
-                        v_a = _whole(x, residual, total, weight, bias, from_a, t, hi_a, lo_a, gain_a, low_a, both)
-                        v_b = _whole(x, residual, total, weight, bias, from_b, t, hi_b, lo_b, gain_b, low_b, both)
+                        v_a = _whole(x, residual, total, weight, bias, from_a, t, hi_a, gain_a, low_a, both)
+                        v_b = _whole(x, residual, total, weight, bias, from_b, t, hi_b, gain_b, low_b, both)
                         stream_lanes(v_a, y, y_a + head + t)
                         stream_lanes(v_b, y, y_b + head + t)
                 else:
                     end = i - i % g.inner + g.inner
-                    gain_a, shift_a = _channel_map(x, weight, bias, g, flat_a + i, rstd_a)
-                    gain_b, shift_b = _channel_map(x, weight, bias, g, flat_b + i, rstd_b)
+                    gain_a, shift_a = _channel_map(x, weight, bias, _channel_of(g, flat_a + i), mean_a, rstd_a)
+                    gain_b, shift_b = _channel_map(x, weight, bias, _channel_of(g, flat_b + i), mean_b, rstd_b)
                     if head == 0 or end >= g.R1:
                         part = min(part, end)
                     elif i < end - step:
                         part = min(part, end - step)
                     else:
                         part = end
-                        gain, shift = _channel_map(x, weight, bias, g, flat_a + end, rstd_a)
+                        gain, shift = _channel_map(x, weight, bias, _channel_of(g, flat_a + end), mean_a, rstd_a)
                         gain_a, shift_a = blended(own, gain_a, gain), blended(own, shift_a, shift)
-                        gain, shift = _channel_map(x, weight, bias, g, flat_b + end, rstd_b)
+                        gain, shift = _channel_map(x, weight, bias, _channel_of(g, flat_b + end), mean_b, rstd_b)
                         gain_b, shift_b = blended(own, gain_b, gain), blended(own, shift_b, shift)
                     for t in range(i, part, step):
                         s_c, q_c = _sweep_strip(x, residual, c + t, k_c, s_c, q_c, near)
                         s_d, q_d = _sweep_strip(x, residual, d + t, k_d, s_d, q_d, near)
-                        v_a = _whole(x, residual, total, None, None, from_a, t, hi_a, lo_a, gain_a, shift_a, both)
-                        v_b = _whole(x, residual, total, None, None, from_b, t, hi_b, lo_b, gain_b, shift_b, both)
+                        v_a = _whole(x, residual, total, None, None, from_a, t, hi_a, gain_a, shift_a, both)
+                        v_b = _whole(x, residual, total, None, None, from_b, t, hi_b, gain_b, shift_b, both)
                         stream_lanes(v_a, y, y_a + head + t)
                         stream_lanes(v_b, y, y_b + head + t)
                 i = part

@@ -43,7 +43,7 @@ from .lanes import (
     until_line,
     width_of,
 )
-from .rows import AHEAD_PAIRS
+from .rows import AHEAD_PAIRS, map_of
 from .welford import BLOCK, at
 
 FLUSH = 32
@@ -54,19 +54,6 @@ EVEN = 32
 
 LONG_RUN = 1024
 """Elements from which a run is streamed although it starts inside a cache line, whose part then goes the usual way."""
-
-
-@inlined
-def _normalizer(x, mean, rstd):
-    """Return lanes (hi, scale, low) with which (x - mean) * rstd is (x - hi) * scale + low.
-
-    hi is the mean as a lane holds it, low what the rest of it comes to: two operations an element, not three.
-    """
-    no = no_lanes(x)
-    hi = lane(x, mean)
-    rest = mean - np.float64(hi)
-    low = -rest * rstd if rest != 0.0 else 0.0
-    return all_lanes(no, hi), all_lanes(no, lane(x, rstd)), all_lanes(no, lane(x, low))
 
 
 @inlined
@@ -107,7 +94,7 @@ def _chunk_sums(sums, channels, dy, x, weight, g, k0, k1, chunk, mean, rstd):
     r_start = (chunk // g.across) * g.chunk_runs
     j_start = (chunk % g.across) * g.chunk_width
     j_stop = min(j_start + g.chunk_width, g.R1)
-    hi, scale, low = _normalizer(x, mean, rstd)
+    hi, scale, low = map_of(x, mean, rstd)
     for r0 in range(r_start, min(r_start + g.chunk_runs, g.R0)):
         x_start = g.x_start + k0 * g.x_K0 + r0 * g.x_R0 + k1 * g.x_K1
         dy_start = g.y_start + k0 * g.y_K0 + r0 * g.y_R0 + k1 * g.y_K1
@@ -186,7 +173,7 @@ def _emit(dy, x, dx, mask, weight, products, p, half, g, k0, r0, k1, start, stop
     dx_start = ((k0 * g.R0 + r0) * g.K1 + k1) * g.R1
     mask_start = g.mask_start + k0 * g.mask_K0 + r0 * g.mask_R0 + k1 * g.mask_K1
     no = no_lanes(x)
-    hi, scale, low = _normalizer(x, mean, rstd)
+    hi, scale, low = map_of(x, mean, rstd)
     marked = g.mask_R1 != 0
     # Where dx does not depend on x, as in inference, NaN and Inf in x must not come in by a product with 0.
     depends = (mask is None or marked or counts(mask, mask_start)) and not (mean_g == 0.0 and mean_gh == 0.0)
@@ -218,7 +205,7 @@ def _row(x, g, k0, k1, means, rstds, averages, i):
     `averages` holds, from `i` on, the row's means of g and g * h.
     """
     no = no_lanes(x)
-    hi, scale, low = _normalizer(x, at(means, k0 * g.K1 + k1), at(rstds, k0 * g.K1 + k1))
+    hi, scale, low = map_of(x, at(means, k0 * g.K1 + k1), at(rstds, k0 * g.K1 + k1))
     return (
         g.y_start + k0 * g.y_K0 + k1 * g.y_K1,
         g.x_start + k0 * g.x_K0 + k1 * g.x_K1,
@@ -371,7 +358,7 @@ def _stream_pair(k0, dy, x, dx, weight, counts_of, means, rstds, averages, produ
 @scalar
 def _sum_row(k0, dy, x, weight, counts_of, means, rstds, averages, i, g, centred):
     """Store the means of g and g * h of a row with weights along it to `averages`, from `i` on."""
-    hi, scale, low = _normalizer(x, at(means, k0), at(rstds, k0))
+    hi, scale, low = map_of(x, at(means, k0), at(rstds, k0))
     dy_at, x_at = g.y_start + k0 * g.y_K0, g.x_start + k0 * g.x_K0
     sum_g = sum_gh = 0.0
     for j in range(0, g.R1, BLOCK):
@@ -460,7 +447,7 @@ def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradi
             mean = at(means, group)
             rstd = at(rstds, group)
             if along and g.R0 == 1 and g.size == g.R1 <= BLOCK:  # one block: the same without the books
-                hi, scale, low = _normalizer(x, mean, rstd)
+                hi, scale, low = map_of(x, mean, rstd)
                 dy_at = g.y_start + k0 * g.y_K0 + k1 * g.y_K1
                 x_at = g.x_start + k0 * g.x_K0 + k1 * g.x_K1
                 sum_g, sum_gh = _run_sums(p_dy, p_x, p_weight, dy_at, x_at, np.int64(0), g.R1, hi, scale, low, g.ahead)

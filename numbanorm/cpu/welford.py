@@ -54,6 +54,16 @@ def rstd_of(count, m2, eps):
 
 
 @scalar
+def shift_of(bias, rest, gain):
+    """Return what is added to ``(x - hi) * gain`` for ``(x - mean) * gain + bias``, where the mean is hi + rest.
+
+    An infinite gain would make NaN of any rest; what it multiplies is told from 0 by hi alone.
+    """
+    low = rest * gain
+    return bias - low if abs(low) < np.inf else bias
+
+
+@scalar
 def at(array, group):
     """Return a group's element of an array that may also hold one element for all groups."""
     return array[min(group, array.shape[0] - 1)]
