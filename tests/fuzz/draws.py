@@ -27,7 +27,7 @@ MOST = 1500
 """Elements of an input at most, and bytes of its memory: two strips of the widest lanes, and a block and a half."""
 ARENA_BYTES = 2 << 20
 
-WIDE = ((13, 96), (9, 160), (2, 7, 96), (5, 6, 32), (7, 2, 96), (3, 4, 8, 12), (2, 6, 4, 24))
+WIDE = ((13, 96), (9, 160), (2, 7, 96), (5, 6, 32), (4, 8, 32), (3, 6, 64), (3, 4, 8, 12), (2, 8, 4, 16))
 """Shapes of groups of whole vectors, enough of them for two to be written beside the sums of the next two."""
 
 SPREAD = 32 << 10
