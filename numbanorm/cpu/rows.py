@@ -411,8 +411,9 @@ def _channel_map(x, weight, bias, channel, mean, rstd):
     """Return gain and shift of one channel, weight and bias included."""
     no = no_lanes(x)
     gain = lane(x, rstd) * load(weight, channel)
-    shift = shift_of(np.float64(load(bias, channel)), mean - np.float64(lane(x, mean)), np.float64(gain))
-    return all_lanes(no, gain), all_lanes(no, lane(x, shift))
+    # In lanes' own type: by float64, and back, (8, 2048, 7, 7) takes 292 us in inference, not 268.
+    shift = shift_of(load(bias, channel), lane(x, mean - np.float64(lane(x, mean))), gain)
+    return all_lanes(no, gain), all_lanes(no, shift)
 
 
 @scalar
@@ -436,25 +437,28 @@ def _normalize(x, residual, total, y, weight, bias, g, k0, r0, k1, j, width, mea
             d = (v - mean) * rstd
             store(y, y_start + i, d * load(weight, channel) + load(bias, channel))
         return carry
-    hi, gain, low = map_of(x, mean, rstd)
-    of = within = np.int64(0)
-    if g.inner != 1:  # then counted on, not divided: (8, 2048, 7, 7) in 32 groups 366 to 333 us
-        of, within = _channel_of(g, flat), flat % g.inner
     done = 0
-    while done < width:
-        b = y_start + done
-        if g.inner == 1:
+    if g.inner == 1:
+        hi, gain, shift = map_of(x, mean, rstd)
+        while done < width:
             channel = j if g.size == g.R1 else (flat + done) % g.size
             n = min(width - done, g.size - channel)
             places = (x_start + done, flat + done, channel)
-            carry = _write(x, residual, total, y, weight, bias, places, b, n, hi, gain, low, g.stream, edge, carry)
-        else:
-            n = min(width - done, g.inner - within)
-            gain, shift = _channel_map(x, weight, bias, of, mean, rstd)
-            within = np.int64(0)
-            of = of + 1 if of + 1 < g.size else np.int64(0)
-            places = (x_start + done, flat + done, np.int64(0))
-            carry = _write(x, residual, total, y, None, None, places, b, n, hi, gain, shift, g.stream, edge, carry)
+            b = y_start + done
+            carry = _write(x, residual, total, y, weight, bias, places, b, n, hi, gain, shift, g.stream, edge, carry)
+            done += n
+        return carry
+    hi = all_lanes(no_lanes(x), lane(x, mean))
+    # Counted on, not divided: (8, 2048, 7, 7) in 32 groups 366 to 333 us.
+    of, within = _channel_of(g, flat), flat % g.inner
+    while done < width:
+        n = min(width - done, g.inner - within)
+        gain, shift = _channel_map(x, weight, bias, of, mean, rstd)
+        within = np.int64(0)
+        of = of + 1 if of + 1 < g.size else np.int64(0)
+        places = (x_start + done, flat + done, np.int64(0))
+        b = y_start + done
+        carry = _write(x, residual, total, y, None, None, places, b, n, hi, gain, shift, g.stream, edge, carry)
         done += n
     return carry
 

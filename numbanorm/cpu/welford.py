@@ -60,7 +60,7 @@ def shift_of(bias, rest, gain):
     An infinite gain would make NaN of any rest; what it multiplies is told from 0 by hi alone.
     """
     low = rest * gain
-    return bias - low if abs(low) < np.inf else bias
+    return bias if np.isnan(low - low) else bias - low
 
 
 @scalar
