@@ -1,6 +1,6 @@
 """Measure every norm on a GPU, forward and backward: one command, one table, and the same as JSON.
 
-    python benchmarks/gpu.py [--only TEXT] [--widths 64,1024] [--dtypes float32,bfloat16] [--json FILE]
+    python benchmarks/gpu.py [--only TEXT] [--widths 64,1024] [--dtypes float32,bfloat16] [--peers torch] [--json FILE]
 
 Each row is one norm on one shape. The output is compared with float64 before its time counts. Times are taken by events
 on the device, medians over calls in turns with torch, torch.compile, Liger and quack where they are installed; before
@@ -107,7 +107,9 @@ def cases(only: str, widths: tuple[int, ...], dtypes: tuple[str, ...]) -> Iterat
 Call = Callable[[], Any]
 
 
-def candidates(case: Case, torch: Any, device: str, elements: int = ELEMENTS) -> tuple[dict[str, Call], Call]:
+def candidates(
+    case: Case, torch: Any, device: str, elements: int = ELEMENTS, wanted: tuple[str, ...] = PEERS
+) -> tuple[dict[str, Call], Call]:
     """Return the calls that take part, by name, and the one that gives the results in float64."""
     kind = getattr(torch, case.dtype)
     generator = torch.Generator(device=device).manual_seed(case.width)
@@ -120,6 +122,7 @@ def candidates(case: Case, torch: Any, device: str, elements: int = ELEMENTS) ->
     x, dy, w, b = draw(*shape), draw(*shape), draw(size), draw(size)
     functional = _functional(case, torch)
     peers = {"torch": functional, **_others(case, functional, torch, device)}
+    peers = {name: peer for name, peer in peers.items() if name in wanted}
     wide = [a.double() for a in (x, w, b)]
     if case.direction == "forward":
         calls = {"numbanorm": _ours_forward(case, x, w, b)}
@@ -250,7 +253,12 @@ class EventTimer:
 
 
 def evaluate(
-    case: Case, torch: Any, device: str, timer: Callable[[dict[str, Call]], dict[str, float]], elements: int = ELEMENTS
+    case: Case,
+    torch: Any,
+    device: str,
+    timer: Callable[[dict[str, Call]], dict[str, float]],
+    elements: int = ELEMENTS,
+    wanted: tuple[str, ...] = PEERS,
 ) -> dict[str, Any]:
     """Check and measure one case.
 
@@ -259,7 +267,7 @@ def evaluate(
     SystemExit
         If our result is wrong.
     """
-    calls, reference = candidates(case, torch, device, elements)
+    calls, reference = candidates(case, torch, device, elements, wanted)
     exact = reference()
     allowed = TOLERANCE[case.dtype]
     errors = {}
@@ -424,6 +432,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", help="regular expression; only rows whose name it finds")
     parser.add_argument("--widths", default=",".join(map(str, WIDTHS)))
     parser.add_argument("--dtypes", default=",".join(DTYPES))
+    parser.add_argument("--peers", default=",".join(PEERS), help="of these, those that are installed take part")
     parser.add_argument("--json", type=Path, help="where the JSON goes; in $OUT or benchmarks/results if not given")
     return parser.parse_args(arguments)
 
@@ -444,7 +453,7 @@ def main(arguments: list[str] | None = None) -> int:
     widths, dtypes = tuple(map(int, options.widths.split(","))), tuple(options.dtypes.split(","))
     try:
         for case in cases(options.only, widths, dtypes):
-            rows.append(evaluate(case, torch, "cuda", timer))
+            rows.append(evaluate(case, torch, "cuda", timer, wanted=tuple(options.peers.split(","))))
             print(f"{case.name}: {of_copy(rows[-1]):.2f} of copy", file=sys.stderr, flush=True)
             write(path, about, rows, host)  # what was measured stays, whatever happens to the rest
             torch._dynamo.reset()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +15,8 @@ from numba.core.compiler import Compiler
 from numba.core.compiler_machinery import LoweringPass, register_pass
 from numba.core.typed_passes import NativeLowering, NopythonRewrites
 from numba.core.untyped_passes import InlineClosureLikes
+
+from ..stamp import stamp_of
 
 
 class _Part(JITCodeLibrary):
@@ -136,7 +137,7 @@ class _DiskCache(caching.FunctionCache):
     def __init__(self, function: Callable[..., None], twin: str) -> None:
         super().__init__(function)
         base = f"{self._impl.filename_base}-{twin}"
-        self._cache_file = caching.IndexDataCacheFile(self.cache_path, base, _source_stamp())
+        self._cache_file = caching.IndexDataCacheFile(self.cache_path, base, stamp_of(Path(__file__).parent))
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
@@ -157,14 +158,6 @@ class _DiskCache(caching.FunctionCache):
             self.flush()
         except OSError:
             self.disable()
-
-
-@cache
-def _source_stamp() -> str:
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def _warn_no_cache(reason: str) -> None:

@@ -110,7 +110,7 @@ def moments_kernel(c: Columns) -> Kernel:
             write_number(table, 2 * plane_stride + entry, m2)
             one_of += threads
 
-    return Kernel(columns_moments, c.block)
+    return Kernel(columns_moments, (c,), c.block)
 
 
 @cache
@@ -136,7 +136,7 @@ def close_kernel(team: int, block: int) -> Kernel:
             write_number(stats, 2 * groups + group, m2)
             write_number(stats, 3 * groups + group, rstd_of(count, m2, eps))
 
-    return Kernel(close, block)
+    return Kernel(close, (team, block), block)
 
 
 @device
@@ -232,7 +232,7 @@ def apply_kernel(c: Columns) -> Kernel:
                 store(y_at, p, below, limit, ints(1), y_R0, values, weight, bias, flat, lanes, inner, size)
                 p += whole_tile
 
-    return Kernel(columns_apply, c.block)
+    return Kernel(columns_apply, (c,), c.block)
 
 
 def statistics(

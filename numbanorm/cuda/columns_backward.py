@@ -100,7 +100,7 @@ def sums_kernel(c: Columns) -> Kernel:
                 write_number(table, which * plane_stride + entry, s)
             one_of += threads
 
-    return Kernel(columns_sums, c.block)
+    return Kernel(columns_sums, (c,), c.block)
 
 
 @cache
@@ -167,7 +167,7 @@ def emit_kernel(c: Columns, fixed: bool) -> Kernel:
                 store_dx(dx_at, p, below, limit, ints(1), lanes, d)
                 p += whole_tile
 
-    return Kernel(columns_emit, c.block)
+    return Kernel(columns_emit, (c, fixed), c.block)
 
 
 @cache
@@ -218,7 +218,7 @@ def rows_kernel(c: Backward) -> Kernel:
             write_number(table, unit, np.float64(a))
             write_number(table, all_rows + unit, np.float64(b))
 
-    return Kernel(row_sums, c.block)
+    return Kernel(row_sums, (c,), c.block)
 
 
 def backward(plan: Plan, call: Call, addresses: tuple[int, ...], stream: int, workspace: Callable[[int], Span]) -> None:

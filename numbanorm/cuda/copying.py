@@ -147,7 +147,7 @@ def _kernel(target: str, source: str, added: str) -> Kernel:
                 else:
                     store(to, t, ints(1), t + 1, ints(1), ints(1), value)
 
-    return Kernel(copy, THREADS)
+    return Kernel(copy, (target, source, added), THREADS)
 
 
 @cache
@@ -161,4 +161,4 @@ def _filler(name: str) -> Kernel:
         i = ints(cuda.blockIdx.x) * THREADS + ints(cuda.threadIdx.x)
         store(to, i, ints(1), count, ints(1), ints(1), as_lane(scalar(value)))
 
-    return Kernel(fill, THREADS)
+    return Kernel(fill, (name,), THREADS)

@@ -191,7 +191,7 @@ def kernel(c: Rows) -> Kernel:
                     break
                 p += whole_tile
 
-    return Kernel(rows, c.block, c.registers)
+    return Kernel(rows, (c,), c.block, c.registers)
 
 
 @lru_cache(maxsize=4096)

@@ -125,7 +125,7 @@ def fused_kernel(c: Backward) -> Kernel:
                     store_slab(own + size * lane_size, *place, dbias)
             cuda.syncthreads()
 
-    return Kernel(rows_backward, c.block)
+    return Kernel(rows_backward, (c,), c.block)
 
 
 @cache
@@ -199,7 +199,7 @@ def sums_kernel(c: Backward) -> Kernel:
             write_number(table, units + unit, np.float64(b))
             write_number(table, 2 * units + unit, np.float64(n))
 
-    return Kernel(rows_sums, c.block)
+    return Kernel(rows_sums, (c,), c.block)
 
 
 @cache
@@ -258,7 +258,7 @@ def emit_kernel(c: Backward) -> Kernel:
                 store_dx(dx_at, p, step, limit, run, packed_R0, d * scale * gain)
                 p += whole_tile
 
-    return Kernel(rows_emit, c.block)
+    return Kernel(rows_emit, (c,), c.block)
 
 
 @cache
@@ -327,7 +327,7 @@ def lanes_kernel(c: Backward) -> Kernel:
             if biased != 0:
                 store_slab(own + size * lane_size, *here, dbias)
 
-    return Kernel(lanes_backward, c.block)
+    return Kernel(lanes_backward, (c,), c.block)
 
 
 def backward(plan: Plan, call: Call, addresses: tuple[int, ...], stream: int, workspace: Callable[[int], Span]) -> None:

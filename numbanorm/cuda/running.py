@@ -92,7 +92,7 @@ def _given(mean_name: str, var_name: str) -> Kernel:
                 rstd = 1.0 / math.sqrt(variance + eps)
             write_number(stats, RSTD * channels + c, rstd)
 
-    return Kernel(given_statistics, THREADS)
+    return Kernel(given_statistics, (mean_name, var_name), THREADS)
 
 
 def _storing(name: str) -> Any:
@@ -146,7 +146,7 @@ def _update(mean_name: str, var_name: str, cumulative: bool, counts: bool) -> Ke
             new = (1.0 - share) * old + share * (sums[2, 0] / sums[0, 0])
             store_var(var, at, ints(1), at + 1, ints(1), ints(1), as_lane(lane_of_var(new)))
 
-    return Kernel(update_running, THREADS)
+    return Kernel(update_running, (mean_name, var_name, cumulative, counts), THREADS)
 
 
 @cache
@@ -166,4 +166,4 @@ def _count_batch() -> Kernel:
         if thread == 0 and any_counted[0] > 0:
             write_number(counter, ints(0), read_number(counter, ints(0)) + 1.0)
 
-    return Kernel(count_batch, THREADS)
+    return Kernel(count_batch, (), THREADS)

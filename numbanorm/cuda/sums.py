@@ -62,7 +62,7 @@ def groups_kernel(threads: int, block: int, wide: bool, weighted: bool, centred:
             write_number(sums, group, a * share if centred else 0.0)
             write_number(sums, groups + group, b * share)
 
-    return Kernel(group_sums, block)
+    return Kernel(group_sums, (threads, block, wide, weighted, centred, counted), block)
 
 
 @cache
@@ -100,7 +100,7 @@ def weights_kernel(threads: int, block: int, wide: bool) -> Kernel:
             if dbias != 0:
                 store(dbias, weight, ints(1), weight + 1, ints(1), ints(0), tile(scalar(a)))
 
-    return Kernel(weight_sums, block)
+    return Kernel(weight_sums, (threads, block, wide), block)
 
 
 @cache
@@ -139,7 +139,7 @@ def slabs_kernel(wide: bool) -> Kernel:
             target = dweight if which == 0 else dbias
             store(target, i, ints(1), size, ints(1), ints(0), tile(scalar(s)))
 
-    return Kernel(slab_sums, BLOCK)
+    return Kernel(slab_sums, (wide,), BLOCK)
 
 
 def add_slabs(wide: bool, slabs: int, dweight: int, dbias: int, count: int, size: int, stream: int) -> None:

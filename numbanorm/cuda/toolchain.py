@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
+import os
+import re
+import threading
 import warnings
 from collections.abc import Callable
 from functools import cache, lru_cache
-from typing import Any
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
 
 try:
+    from cuda.core import LaunchConfig, Linker, LinkerOptions, ObjectCode, Stream
+    from cuda.core import launch as _launch
+    from cuda.core.utils import FileStreamProgramCache
     from llvmlite import ir
     from numba import cuda
     from numba.cuda import types
     from numba.cuda.core import config
-    from numba.cuda.core.errors import NumbaPerformanceWarning
     from numba.cuda.extending import intrinsic, lower_builtin, models, register_model
     from numba.cuda.typing.templates import AbstractTemplate, infer_global, signature
 except ImportError as _error:
     raise ImportError('CUDA arrays need numba-cuda, which is not installed: pip install "numbanorm[cuda]"') from _error
+
+from ..stamp import stamp_of
 
 __all__ = [
     "SIMULATED",
@@ -63,66 +74,157 @@ def device(function: Callable[..., Any]) -> Callable[..., Any]:
     return function if SIMULATED else cuda.jit(device=True, forceinline=True)(function)
 
 
+class Assembled(NamedTuple):
+    """A kernel's code for one kind of device.
+
+    Attributes
+    ----------
+    ptx : str
+        As Numba compiled it.
+    cubin : bytes
+        What the assembler made of that.
+    log : str
+        What it said: registers, spills, shared memory.
+    """
+
+    ptx: str
+    cubin: bytes
+    log: str
+
+
+_FLOATS = ("eps", "momentum", "value")
+"""Arguments of kernels that are float64; all others are int64: addresses, sizes, strides."""
+
+CACHE_BYTES = 1 << 28
+"""Room for the code on disk: a kernel takes 10 to 60 KB, and versions come and go."""
+
+
 class Kernel:
     """A kernel whose arguments are integers and float64 alone: addresses, sizes, strides.
 
     Numba's own launch wraps each of those in ctypes and lets cuda.core unwrap it again, 0.6 us an argument. cuda.core
-    itself takes plain numbers at 0.01 us, so the first launch is Numba's, which compiles and loads, and all others hand
-    the loaded kernel to cuda.core.
+    itself takes plain numbers at 0.01 us. So Numba compiles; cuda.core assembles, keeps on disk, loads and launches.
 
     Parameters
     ----------
     function : callable
-        The kernel's Python code.
+        The kernel's Python code, made by a function of its module.
+    made_from : tuple
+        The arguments of that function: with its name they tell this kernel from all others.
     threads : int
         Threads of a block.
     registers : int, optional
         Registers that a thread may use.
     """
 
-    def __init__(self, function: Callable[..., None], threads: int, registers: int = 255) -> None:
+    def __init__(
+        self, function: Callable[..., None], made_from: tuple[Any, ...], threads: int, registers: int = 255
+    ) -> None:
+        self.function = function
+        self.made_from = made_from
         self.threads = threads
         self.registers = min(registers, REGISTERS // threads, 255)
-        self.function = function
-        self._dispatcher = cuda.jit(function) if SIMULATED else cuda.jit(max_registers=self.registers)(function)
+        self.name = f"numbanorm_{function.__name__}"
+        self._simulated = cuda.jit(function) if SIMULATED else None
         self._loaded: dict[int, Any] = {}
 
     def __call__(self, blocks: int, stream: int, *arguments: float) -> None:
         """Queue `blocks` blocks on a stream."""
-        if SIMULATED:
-            self._dispatcher[blocks, self.threads](*arguments)
+        if self._simulated is not None:
+            self._simulated[blocks, self.threads](*arguments)
             return
-        loaded = self._loaded.get(_device())
+        device = _device()
+        loaded = self._loaded.get(device)
         if loaded is None:
-            with warnings.catch_warnings():
-                # That a small array cannot fill the device is nothing that its owner could change.
-                warnings.simplefilter("ignore", NumbaPerformanceWarning)
-                self._dispatcher[blocks, self.threads, _stream_of_numba(stream)](*arguments)
-            overload = next(iter(self._dispatcher.overloads.values()))
-            self._loaded[_device()] = overload._codelibrary.get_cufunc().kernel
-            return
+            loaded = self._loaded[device] = self._load(tuple(cuda.get_current_device().compute_capability))
         _launch(_stream(stream), _configuration(blocks, self.threads), loaded, *arguments)
 
+    def assemble(self, capability: tuple[int, int]) -> Assembled:
+        """Compile the kernel for devices of a compute capability."""
+        names = inspect.signature(self.function).parameters
+        signature = tuple(types.float64 if name in _FLOATS else types.int64 for name in names)
+        ptx, _ = cuda.compile_ptx(self.function, signature, cc=capability)
+        (entry,) = re.findall(r"\.entry (\w+)", ptx)
+        ptx = ptx.replace(entry, self.name)
+        options = LinkerOptions(
+            arch="sm_{}{}".format(*capability), ptxas_options=["-v"], max_register_count=self.registers
+        )
+        linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=options)
+        return Assembled(ptx, linker.link("cubin").code, linker.get_info_log())
 
-if not SIMULATED:
-    from cuda.core import LaunchConfig, Stream
-    from cuda.core import launch as _launch
+    def _load(self, capability: tuple[int, int]) -> Any:
+        """Return the loaded kernel, from disk if it is there."""
+        path = f"{self.function.__module__}.{self.function.__qualname__}"
+        key = repr((path, self.made_from, self.registers, capability, _stamp())).encode()
+        try:
+            cubin = _store().get(key)
+            if cubin is not None:
+                return ObjectCode.from_cubin(cubin).get_kernel(self.name)
+        except Exception as error:  # whatever loading garbage may raise
+            _warn_no_cache(f"cannot read it: {error!r}")
+        cubin = self.assemble(capability).cubin
+        try:
+            _store()[key] = cubin
+        except OSError as error:
+            _warn_no_cache(f"cannot write it: {error!r}")
+        return ObjectCode.from_cubin(cubin).get_kernel(self.name)
 
-    @lru_cache(maxsize=1024)
-    def _configuration(blocks: int, threads: int) -> Any:
-        return LaunchConfig(grid=blocks, block=threads)
 
-    @lru_cache(maxsize=1024)
-    def _stream(handle: int) -> Any:
-        return Stream.from_handle(handle)
+@cache
+def _store() -> Any:
+    """Return the kernels' code on disk: in NUMBA_CACHE_DIR, beside the package, or in the user's cache folder."""
+    folder = Path(config.CACHE_DIR or Path(__file__).with_name("__pycache__")) / "numbanorm-cuda"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    return FileStreamProgramCache(folder if writable else None, max_size_bytes=CACHE_BYTES)
 
-    @lru_cache(maxsize=1024)
-    def _stream_of_numba(handle: int) -> Any:
-        return cuda.external_stream(handle) if handle else 0
 
-    @cache
-    def _devices() -> int:
-        return len(cuda.gpus)
+@cache
+def _stamp() -> str:
+    """Identify what a kernel's code depends on beside its own choice: the compilers and the package's sources."""
+    here = Path(__file__).parent
+    own = [stamp_of(here), (here.parent / "plan.py").read_text(), (here.parent / "dtypes.py").read_text()]
+    return sha256("".join([*map(version, ("numba", "numba-cuda", "cuda-core")), *own]).encode()).hexdigest()
 
-    def _device() -> int:
-        return cuda.get_current_device().id if _devices() > 1 else 0
+
+@cache  # once a process for each reason
+def _warn_no_cache(reason: str) -> None:
+    warnings.warn(
+        f"numbanorm compiles CUDA kernels that its cache on disk should hold: {reason}. NUMBA_CACHE_DIR names another "
+        "folder.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+class _Here(threading.local):
+    ready = False
+
+
+_here = _Here()
+
+
+@lru_cache(maxsize=1024)
+def _configuration(blocks: int, threads: int) -> Any:
+    return LaunchConfig(grid=blocks, block=threads)
+
+
+@lru_cache(maxsize=1024)
+def _stream(handle: int) -> Any:
+    return Stream.from_handle(handle)
+
+
+@cache
+def _devices() -> int:
+    return len(cuda.gpus)
+
+
+def _device() -> int:
+    """Return the number of the current device; a thread that has none yet gets it."""
+    if _here.ready and _devices() == 1:
+        return 0
+    _here.ready = True
+    return int(cuda.get_current_device().id)

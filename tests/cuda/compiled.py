@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from dataclasses import dataclass
 from functools import cached_property
 from unittest import mock
 
 import numba.cuda.dispatcher as dispatcher
-from cuda.core import Linker, LinkerOptions, ObjectCode
-from numba import cuda
-from numba.cuda import types
 
 from numbanorm.cuda.toolchain import Kernel
 
@@ -52,14 +48,7 @@ class Compiled:
 
 
 def compiled(kernel: Kernel, architecture: tuple[int, int]) -> Compiled:
-    """Compile a kernel as its first launch does: every argument int64, but for eps."""
-    names = inspect.signature(kernel.function).parameters
-    signature = tuple(types.float64 if name in ("eps", "momentum", "value") else types.int64 for name in names)
+    """Compile a kernel as its first launch does."""
     with mock.patch.object(dispatcher, "get_current_device", return_value=_AnyDevice):  # typing asks for one
-        ptx, _ = cuda.compile_ptx(kernel.function, signature, cc=architecture)
-    settings = LinkerOptions(
-        arch="sm_{}{}".format(*architecture), ptxas_options=["-v"], max_register_count=kernel.registers
-    )
-    linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=settings)
-    linker.link("cubin")
-    return Compiled(ptx, linker.get_info_log())
+        made = kernel.assemble(architecture)
+    return Compiled(made.ptx, made.log)

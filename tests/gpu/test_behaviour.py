@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -111,6 +112,18 @@ def test_a_named_stream(torch: Any) -> None:
         y = nn.layer_norm(x, 768, stream=stream)
         side.synchronize()
         assert (y.double() - torch.nn.functional.layer_norm(x.double(), (768,))).abs().max() <= 1e-5
+
+
+def test_a_thread_that_has_done_nothing_yet(torch: Any) -> None:
+    """A new thread has no CUDA context, and torch gives it none for memory that it has at hand."""
+    x = torch.randn(64, 768, device="cuda")
+    y = nn.layer_norm(x, 768)
+    del x
+    x = torch.randn(64, 768, device="cuda")
+    expected = nn.layer_norm(x, 768)
+    del y
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(nn.layer_norm, x, 768).result(), expected)
 
 
 @pytest.mark.parametrize("kind", ["batch", "instance", "group", "layer", "rms"])
