@@ -48,7 +48,7 @@ def forward(
     x, y : Span
         Input and output; they may be the same.
     weight, bias : Span or None
-        Contiguous, in the lane dtype, in the order of memory of `x`.
+        Contiguous, in the lane dtype or, in rows, both in that of `y`, in the order of memory of `x`.
     stats : Span of float64, ``4 * groups`` elements
         Takes the rows COUNT, MEAN, M2 and RSTD of `numbanorm.plan`.
     eps : float
@@ -156,7 +156,10 @@ def _call(
             break
     # By position: names cost a microsecond.
     own = weight is not None, bias is not None, mask is not None, total is not None, False, fixed
-    return Call(_name(x.dtype), _name(y.dtype), *own, low)
+    parameter = weight or bias
+    result = _name(y.dtype)
+    affine = result if parameter is not None and parameter.dtype.itemsize == y.dtype.itemsize == 2 else ""
+    return Call(_name(x.dtype), result, *own, affine, low)
 
 
 _LOW: tuple[int, ...] = ()

@@ -203,7 +203,7 @@ def apply_kernel(c: Columns) -> Kernel:
         tiles, chunks, chunk_rows, rows, lanes, groups, K1, R1, x_K0, x_R0, y_K0, y_R0, inner, size,
     ):  # fmt: skip
         number = ints(cuda.threadIdx.x)
-        unit = ints(cuda.blockIdx.x)
+        unit = ints(cuda.gridDim.x) - 1 - ints(cuda.blockIdx.x)  # backwards: what was read last is still in L2
         k0 = unit // (chunks * tiles)
         chunk = unit // tiles - k0 * chunks
         column = unit % tiles * width + number % across * vector

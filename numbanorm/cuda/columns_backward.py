@@ -133,7 +133,7 @@ def emit_kernel(c: Columns, fixed: bool) -> Kernel:
         x_K0, x_R0, dy_K0, dy_R0, inner, size, plane_stride, mask_K0, mask_R0,
     ):  # fmt: skip
         number = ints(cuda.threadIdx.x)
-        unit = ints(cuda.blockIdx.x)
+        unit = ints(cuda.gridDim.x) - 1 - ints(cuda.blockIdx.x)  # backwards: what was read last is still in L2
         k0 = unit // (chunks * tiles)
         chunk = unit // tiles - k0 * chunks
         column = unit % tiles * width + number % across * vector

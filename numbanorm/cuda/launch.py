@@ -47,6 +47,22 @@ more: 16 KB at least. Up to 1024 elements a warp serves a group, and no thread w
 would have to make do with 64 registers, which 16 elements and their moments exceed.
 """
 
+HALVES = (
+    Rung(32, 4, 8),
+    Rung(64, 4, 16),
+    Rung(128, 8, 16),
+    Rung(256, 16, 16),
+    Rung(512, 16, 32),
+    Rung(1024, 32, 32),
+    Rung(2048, 64, 32),
+    Rung(4096, 128, 32),
+    Rung(8192, 256, 32),
+    Rung(16384, 512, 32),
+)
+"""The same for elements of 16 bits: half the bytes in half the time leave a thread half the instructions, so what it
+does once, for its group, is spread over twice as many elements.
+"""
+
 STREAM = Rung(0, 512, 16)
 """Groups beyond the ladder are read tile by tile, and once more for the output, from L2 while 132 groups fit in it."""
 
@@ -55,6 +71,13 @@ BUDGET = {8: 112, 16: 128, 32: 160}
 
 NARROW_BLOCK = 128
 """Threads of a block of several teams: 4 warps, so that the last block of a launch wastes little."""
+
+CLUSTER = 8
+"""Blocks that share a group whose parts registers hold, but no block alone: 8 times as many elements as the ladder.
+
+Blocks of a cluster (compute capability 9.0) run at the same time and wait for each other, so that memory is read once;
+elsewhere the same parts take two launches, to the same bits. 8 is the most that every device with clusters takes.
+"""
 
 SPLIT_BELOW = 256
 """Fewer groups than this, beyond the ladder, are cut into chunks: one block each would leave multiprocessors idle."""
@@ -87,9 +110,11 @@ class Rows(NamedTuple):
     mask: str = "all"  # of `memory.chooser`
     weight: str = ""  # of `memory.gatherer`; "" where there is none
     bias: str = ""
+    affine: str = ""  # dtype of weight and bias; "": that of the lanes
     added: bool = False  # x + residual is formed, and kept in total
     centred: bool = True
     split: bool = False  # groups are cut into chunks
+    joined: bool = False  # whose blocks are a cluster, and know of each other's statistics
     kept: bool = False  # K1 is not 1
     registers: int = 255  # a thread may use
 
@@ -105,6 +130,7 @@ class Call(NamedTuple):
     added: bool = False
     summed: bool = False  # x is the packed sum of an input and a residual
     fixed: bool = False  # backward: the statistics do not depend on x
+    affine: str = ""  # dtype of weight and bias; "": that of the lanes
     low: tuple[int, ...] = ()  # the addresses modulo 16 of (x, y, mask, weight, bias, residual, total); () if all 0
 
 
@@ -182,13 +208,13 @@ def rows(plan: Plan, call: Call, takes: str, leaves: str, writes: bool) -> Launc
     y = plan.y or plan.packed
     mask = plan.mask or plan.packed
     wide = is_wide(call.source)
-    lane = 8 if wide else 4
+    parameter = item_size(call.affine) if call.affine else 8 if wide else 4
     sizes = (
         item_size(call.source),
         item_size(call.result),
         1,
-        lane,
-        lane,
+        parameter,
+        parameter,
         item_size(call.source),
         item_size(call.result),
     )
@@ -201,7 +227,8 @@ def rows(plan: Plan, call: Call, takes: str, leaves: str, writes: bool) -> Launc
     if affine and layout.inner > 1 and not one:
         multiples += (layout.inner,)
     vector = vector_of(sizes, call.low, multiples)
-    kind = "along" if along else "group" if one else "element" if layout.inner == 1 else "piece"
+    same = layout.inner == 1 and layout.size == r1
+    kind = "same" if same else "along" if along else "group" if one else "element" if layout.inner == 1 else "piece"
     mask_kind = "all" if not call.mask else "elements" if mask.strides[3] == 1 else "runs"
     together = (
         k1 == 1 and all(p.strides[1] == r1 for p in (x, y)) and (mask_kind != "elements" or mask.strides[1] == r1)
@@ -209,15 +236,21 @@ def rows(plan: Plan, call: Call, takes: str, leaves: str, writes: bool) -> Launc
     flat = r0 == 1 or (together and mask_kind != "runs" and not (affine and along))
     pieces = r0 * r1 // vector
     part = 2 if wide else 1
-    rung = next((r for r in LADDER if layout.count * part <= r.elements), STREAM)
-    if rung is LADDER[-1] and not flat:
+    ladder = HALVES if max(sizes[:2]) == 2 else LADDER
+    rung = next((r for r in ladder if layout.count * part <= r.elements), STREAM)
+    if rung is ladder[-1] and not flat:
         rung = STREAM  # the offsets of runs would not fit in registers beside 32 elements
+    joined = rung is STREAM and flat and layout.count * part <= CLUSTER * HALVES[-1].elements
+    if joined:
+        rung = next(r for r in HALVES if -(-pieces // CLUSTER) * vector * part <= r.elements)
     held = rung is not STREAM
     count = max(1, rung.each // part // vector)
-    chunk = chunk_elements(plan) if not held else layout.count
     tile = rung.team * count
-    chunk_pieces = -(-chunk // vector) if held else -(-chunk // (tile * vector)) * tile
-    chunks = -(-pieces // chunk_pieces)
+    if held:
+        chunk_pieces = -(-pieces // CLUSTER) if joined else pieces
+    else:
+        chunk_pieces = -(-chunk_elements(plan) // (tile * vector)) * tile
+    chunks = CLUSTER if joined else -(-pieces // chunk_pieces)
     split = chunks > 1
     units = layout.groups * chunks
     block = block_of(rung.team)
@@ -229,7 +262,7 @@ def rows(plan: Plan, call: Call, takes: str, leaves: str, writes: bool) -> Launc
         loads=count,
         team=rung.team,
         block=block,
-        rule="flat" if flat else "runs",
+        rule="runs" if not flat else "whole" if held and pieces == chunks * tile else "flat",
         held=held,
         takes=takes,
         leaves=leaves,
@@ -237,9 +270,11 @@ def rows(plan: Plan, call: Call, takes: str, leaves: str, writes: bool) -> Launc
         mask=mask_kind if takes == "x" else "all",
         weight=kind if call.weight and writes else "",
         bias=kind if call.bias and writes else "",
+        affine=call.affine if affine and writes else "",
         added=call.added,
         centred=layout.centred,
         split=split,
+        joined=joined and takes == "x" and leaves == "stats" and writes,
         kept=k1 > 1,
         registers=BUDGET[rung.each],
     )

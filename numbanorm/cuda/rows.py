@@ -12,19 +12,20 @@ from functools import cache, lru_cache
 import numpy as np
 
 from ..plan import Plan
+from . import lanes as ln
 from . import launch, memory
 from .launch import Call, Launch, Rows, item_size
 from .memory import Span
-from .toolchain import Kernel, cuda, device, types
+from .toolchain import Kernel, cuda, device, has_clusters, types
 from .welford import (
     ALL,
     WARP,
+    around_mean,
     gain_for_rstd,
     gain_of,
     inverse_gain,
     moments,
     rstd_function,
-    table_moments,
     team,
     trust,
 )
@@ -48,32 +49,40 @@ def kernel(c: Rows) -> Kernel:
     """Return the kernel for a choice."""
     lane = types.float64 if c.wide else types.float32
     scalar = np.float64 if c.wide else np.float32
+    ints = np.int64
     width = c.vector * c.loads
     geometry = (lane, c.vector, c.loads, c.rule)
     load = memory.loader(c.source, *geometry)
     load_sum = memory.loader(c.result, lane, c.vector, c.loads, c.rule)
     store = memory.storer(c.result, *geometry)
     chosen_of = memory.chooser(c.mask, c.vector, c.loads, c.rule)
-    store_y = memory.affine_storer(c.result, *geometry, c.weight, c.bias)
+    store_y = memory.affine_storer(c.result, *geometry, c.weight, c.bias, c.affine)
     rounded = memory.rounder(c.result, lane, width)
     of_tile, merge = moments(lane, 1, c.centred)
     tile_moments = of_tile(width)
     merged = team(lane, c.team, merge)
-    from_table = table_moments(c.team)
+    around = around_mean(lane, width, c.team, c.centred, c.mask != "all", c.rule == "whole")
+    tile_of, first_of = ln.tile(width), ln.fold(1)
+    load_first, round_first = memory.loader(c.source, lane, 1, 1, "flat"), memory.rounder(c.result, lane, 1)
+    pivoted = c.held and c.centred and c.mask == "all" and c.takes == "x"
+    vector = c.vector
+    merge_two = moments(types.float64, 1, c.centred).merge
+    of_warp, of_cluster = team(types.float64, WARP, merge_two), team(types.float64, launch.CLUSTER, merge_two)
     mean_in_lanes, gain_to_apply = split_mean(c.wide), gain_for_rstd(lane)
     trusted, gain_for = trust(lane), gain_of(lane)
     one, zero = scalar(1), scalar(0)
     teams = c.block // c.team
     read_number, write_number = memory.read_number, memory.write_number
     held, added, writes, centred, split, kept = c.held, c.added, c.writes, c.centred, c.split, c.kept
-    from_x, from_stats = c.takes == "x", c.takes == "stats"
+    joined, on_the_way = c.joined, c.held and c.takes == "x" and not c.joined
+    from_x, from_stats, from_table_alone = c.takes == "x", c.takes == "stats", c.takes == "table"
     to_table, to_stats = c.leaves == "table", c.leaves == "stats"
+    wait_for_cluster, cluster = memory.wait_for_cluster, ints(launch.CLUSTER)
     block_wide = c.team > WARP
     whole_tile = np.int64(c.team * c.loads)
     step = np.int64(c.team)
     source_size, result_size = item_size(c.source), item_size(c.result)
     inverse_of, rstd_of = inverse_gain(lane), rstd_function()
-    ints = np.int64
 
     @device
     def read(x, residual, total, p, limit, run, x_r0, total_r0):
@@ -84,6 +93,25 @@ def kernel(c: Rows) -> Kernel:
             store(total, p, step, limit, run, total_r0, values)
         return values
 
+    @device
+    def from_table(table, start, entries, plane, number):
+        """Merge the partial moments of a group, a warp for itself."""
+        n = hi = lo = m2 = 0.0
+        for i in range(number, entries, WARP):
+            count, mean = read_number(table, start + i), read_number(table, plane + start + i)
+            n, hi, lo, m2 = merge_two(n, hi, lo, m2, count, mean, 0.0, read_number(table, 2 * plane + start + i))
+        n, hi, lo, m2 = of_warp(n, hi, lo, m2)
+        return n, hi + lo, m2
+
+    @device
+    def first(x, residual, limit):
+        """Return the first element of a group, as its tile has it."""
+        limit = min(limit, ints(1))
+        value = load_first(x, ints(0), ints(1), limit, ints(1), ints(0))
+        if added:
+            value = round_first(value + load_first(residual, ints(0), ints(1), limit, ints(1), ints(0)))
+        return first_of(value)
+
     def rows(
         x, residual, total, y, mask, weight, bias, stats, table,
         units, chunks, chunk_pieces, pieces, run, K1, span, R1,
@@ -92,14 +120,18 @@ def kernel(c: Rows) -> Kernel:
     ):  # fmt: skip
         thread = ints(cuda.threadIdx.x) % step
         packed_R0 = K1 * R1
-        unit = ints(cuda.blockIdx.x) * teams + ints(cuda.threadIdx.x) // step
+        block = ints(cuda.blockIdx.x)
+        if from_table_alone:
+            block = ints(cuda.gridDim.x) - 1 - block  # backwards: what was read last is still in L2
+        unit = block * teams + ints(cuda.threadIdx.x) // step
         there = unit < units
         unit = min(unit, units - 1)
         groups, group, chunk = units, unit, ints(0)
         if split:
-            groups = units // chunks
-            group = unit // chunks
-            chunk = unit - group * chunks
+            parts = cluster if joined else chunks
+            groups = units // parts
+            group = unit // parts
+            chunk = unit - group * parts
         k0, k1 = group, ints(0)
         if kept:
             k0 = group // K1
@@ -118,8 +150,11 @@ def kernel(c: Rows) -> Kernel:
         mean = 0.0
         m2 = 0.0
         rstd = 0.0
+        pivot = zero
         if held:
             tile = read(x_at, residual_at, total_at, start, limit, run, x_R0, packed_R0)
+        if pivoted:
+            pivot = first(x_at, residual_at, limit)
         gain = one
         hi = lo = zero
         if from_x:
@@ -127,7 +162,8 @@ def kernel(c: Rows) -> Kernel:
                 n = hi = lo = squares = zero
                 if held:
                     chosen = chosen_of(mask_at, start, step, limit, run, mask_R0)
-                    n, hi, lo, squares = tile_moments(tile, chosen)
+                    n = scalar(max(limit - (start - thread), ints(0)) * vector)
+                    n, hi, lo, squares, rest = around(tile * gain, chosen, n, pivot * gain)
                 else:
                     p = start
                     while p - thread < limit:
@@ -136,7 +172,7 @@ def kernel(c: Rows) -> Kernel:
                         n2, hi2, lo2, squares2 = tile_moments(values * gain, chosen)
                         n, hi, lo, squares = merge(n, hi, lo, squares, n2, hi2, lo2, squares2)
                         p += whole_tile
-                n, hi, lo, squares = merged(n, hi, lo, squares)
+                    n, hi, lo, squares = merged(n, hi, lo, squares)
                 good = attempt > 0 or trusted(hi, squares)
                 if block_wide:
                     if good:
@@ -145,16 +181,27 @@ def kernel(c: Rows) -> Kernel:
                     break
                 if not good:
                     gain = gain_for(squares)
-                if held:
-                    tile = tile * gain
+                if block_wide:
+                    cuda.syncthreads()  # the sums have been read
             count = np.float64(n)
-            back = inverse_of(gain)
-            mean, m2 = (np.float64(hi) + np.float64(lo)) * back, np.float64(squares) * back * back
+            undo = inverse_of(gain)
+            mean, m2 = (np.float64(hi) + np.float64(lo)) * undo, np.float64(squares) * undo * undo
         elif from_stats:
             mean = read_number(stats, groups + group)
             rstd = read_number(stats, 3 * groups + group)
         else:
-            count, mean, m2 = from_table(table, group * chunks, chunks, chunks, ints(0), units, thread)
+            count, mean, m2 = from_table(table, group * chunks, chunks, units, thread % WARP)
+        if joined:
+            if thread == 0:
+                write_number(table, unit, count)
+                write_number(table, units + unit, mean)
+                write_number(table, 2 * units + unit, m2)
+            wait_for_cluster()
+            # As `from_table`, to the last bit, without its loop: every eight threads merge the eight entries.
+            entry = group * cluster + thread % cluster
+            count, mean = read_number(table, entry), read_number(table, units + entry)
+            count, mean, low, m2 = of_cluster(count, mean, 0.0, read_number(table, 2 * units + entry))
+            mean += low
         if not from_stats:
             rstd = rstd_of(count, m2, eps)
         if thread == 0 and there:
@@ -168,30 +215,34 @@ def kernel(c: Rows) -> Kernel:
                 write_number(stats, 2 * groups + group, m2)
                 write_number(stats, 3 * groups + group, rstd)
         if writes:
-            if not from_x:
+            if not from_x or joined:
                 gain = gain_to_apply(rstd)
                 hi, lo = mean_in_lanes(mean * np.float64(gain))
             scale = scalar(rstd * inverse_of(gain))
+            back = lo * scale
             p = start
             while p - thread < limit:
-                if held:
-                    values = tile
-                elif added:
-                    values = load_sum(total_at, p, step, limit, run, packed_R0)
+                if on_the_way:
+                    values = rest
                 else:
-                    values = load(x_at, p, step, limit, run, x_R0)
-                if not held:
+                    if held:
+                        values = tile
+                    elif added:
+                        values = load_sum(total_at, p, step, limit, run, packed_R0)
+                    else:
+                        values = load(x_at, p, step, limit, run, x_R0)
                     values = values * gain
+                    if centred:
+                        values = values - hi
+                values = values * scale
                 if centred:
-                    values = (values - hi) - lo
-                store_y(
-                    y_at, p, step, limit, run, y_R0, values * scale, weight, bias, flat, packed_R0, inner, size
-                )  # fmt: skip
+                    values = values - tile_of(back)
+                store_y(y_at, p, step, limit, run, y_R0, values, weight, bias, flat, packed_R0, inner, size)
                 if held:
                     break
                 p += whole_tile
 
-    return Kernel(rows, (c,), c.block, c.registers)
+    return Kernel(rows, (c,), c.block, c.registers, launch.CLUSTER if joined else 1)
 
 
 @lru_cache(maxsize=4096)
@@ -212,12 +263,16 @@ def _launch(made: tuple[Kernel, Launch], addresses: tuple[int, ...], table: int,
 def forward(
     plan: Plan, call: Call, addresses: tuple[int, ...], eps: float, stream: int, workspace: Callable[[int], Span]
 ) -> None:
-    """Normalize: in one launch where a block has a group to itself, else in two."""
+    """Normalize: in one launch where a block, or a cluster of blocks, has a group to itself, else in two."""
     whole = _made(plan, call, "x", "stats", True)
-    if not whole[1].choice.split:
+    choice = whole[1].choice
+    if not choice.split:
         _launch(whole, addresses, 0, eps, stream)
         return
     table = workspace(24 * whole[1].numbers[0]).address
+    if choice.joined and has_clusters():
+        _launch(whole, addresses, table, eps, stream)
+        return
     _launch(_made(plan, call, "x", "table", False), addresses, table, 0.0, stream)
     if call.added:
         _, _, total, *rest = addresses

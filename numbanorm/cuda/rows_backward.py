@@ -228,7 +228,8 @@ def emit_kernel(c: Backward) -> Kernel:
         x_K0, x_R0, x_K1, dy_K0, dy_R0, dy_K1, mask_K0, mask_R0, mask_K1, inner, size,
     ):  # fmt: skip
         thread = ints(cuda.threadIdx.x) % step
-        unit = ints(cuda.blockIdx.x) * teams + ints(cuda.threadIdx.x) // step
+        block = ints(cuda.gridDim.x) - 1 - ints(cuda.blockIdx.x)  # backwards: what was read last is still in L2
+        unit = block * teams + ints(cuda.threadIdx.x) // step
         if unit < units:
             group = unit // chunks
             chunk = unit - group * chunks
@@ -290,7 +291,7 @@ def lanes_kernel(c: Backward) -> Kernel:
         tiles, slab_rows, rows, R0, K1, R1, groups,
         x_K0, x_R0, x_K1, dy_K0, dy_R0, dy_K1, mask_K0, mask_R0, mask_K1, size, biased,
     ):  # fmt: skip
-        unit = ints(cuda.blockIdx.x)
+        unit = ints(cuda.gridDim.x) - 1 - ints(cuda.blockIdx.x)  # backwards: what was read last is still in L2
         slab = unit // tiles
         lanes = K1 * R1
         column = ((unit - slab * tiles) * threads + ints(cuda.threadIdx.x)) * vector

@@ -36,6 +36,7 @@ __all__ = [
     "available",
     "cuda",
     "device",
+    "has_clusters",
     "infer_global",
     "intrinsic",
     "ir",
@@ -115,14 +116,22 @@ class Kernel:
         Threads of a block.
     registers : int, optional
         Registers that a thread may use.
+    cluster : int, optional
+        Blocks of a cluster, of which the number of blocks must be a multiple.
     """
 
     def __init__(
-        self, function: Callable[..., None], made_from: tuple[Any, ...], threads: int, registers: int = 255
+        self,
+        function: Callable[..., None],
+        made_from: tuple[Any, ...],
+        threads: int,
+        registers: int = 255,
+        cluster: int = 1,
     ) -> None:
         self.function = function
         self.made_from = made_from
         self.threads = threads
+        self.cluster = cluster
         self.registers = min(registers, REGISTERS // threads, 255)
         self.name = f"numbanorm_{function.__name__}"
         self._simulated = cuda.jit(function) if SIMULATED else None
@@ -137,7 +146,7 @@ class Kernel:
         loaded = self._loaded.get(device)
         if loaded is None:
             loaded = self._loaded[device] = self._load(tuple(cuda.get_current_device().compute_capability))
-        _launch(_stream(stream), _configuration(blocks, self.threads), loaded, *arguments)
+        _launch(_stream(stream), _configuration(blocks, self.threads, self.cluster), loaded, *arguments)
 
     def assemble(self, capability: tuple[int, int]) -> Assembled:
         """Compile the kernel for devices of a compute capability."""
@@ -208,8 +217,9 @@ _here = _Here()
 
 
 @lru_cache(maxsize=1024)
-def _configuration(blocks: int, threads: int) -> Any:
-    return LaunchConfig(grid=blocks, block=threads)
+def _configuration(blocks: int, threads: int, cluster: int) -> Any:
+    # cuda.core counts the grid in clusters where there are any.
+    return LaunchConfig(grid=blocks // cluster, block=threads, cluster=None if cluster == 1 else cluster)
 
 
 @lru_cache(maxsize=1024)
@@ -220,6 +230,16 @@ def _stream(handle: int) -> Any:
 @cache
 def _devices() -> int:
     return len(cuda.gpus)
+
+
+def has_clusters() -> bool:
+    """Tell whether blocks can form clusters on the current device."""
+    return not SIMULATED and _has_clusters(_device())
+
+
+@cache
+def _has_clusters(device: int) -> bool:
+    return bool(tuple(cuda.gpus[device].compute_capability) >= (9, 0))
 
 
 def _device() -> int:

@@ -154,6 +154,122 @@ def team(lane, threads, merge):
     return merged
 
 
+@cache
+def team_sum(lane, threads):
+    """Return the function that adds a number of every thread of a team, 1, 2, 4, ... of them; all get the same bits.
+
+    Sums are by halves, and ``a + b`` is ``b + a``. A block that calls it twice needs a barrier in between, as that of
+    another function of this kind.
+    """
+    inside, warps = min(threads, WARP), max(threads // WARP, 1)
+    steps_inside, steps_over = inside.bit_length() - 1, warps.bit_length() - 1
+
+    @device
+    def summed(a):
+        for i in range(steps_inside):
+            a = a + cuda.shfl_xor_sync(ALL, a, 1 << i)
+        if threads > WARP:
+            shared = cuda.shared.array(warps, lane)
+            number = cuda.threadIdx.x % WARP
+            if number == 0:
+                shared[cuda.threadIdx.x // WARP] = a
+            cuda.syncthreads()
+            a = shared[number % warps]
+            for i in range(steps_over):
+                a = a + cuda.shfl_xor_sync(ALL, a, 1 << i)
+        return a
+
+    return summed
+
+
+@cache
+def team_pair(lane, threads, join):
+    """Return the function that joins two numbers of every thread of a team, as `team_sum` does; `join` commutes."""
+    inside, warps = min(threads, WARP), max(threads // WARP, 1)
+    steps_inside, steps_over = inside.bit_length() - 1, warps.bit_length() - 1
+    slots = 2 * warps
+
+    @device
+    def joined(a, b):
+        for i in range(steps_inside):
+            a, b = join(a, b, cuda.shfl_xor_sync(ALL, a, 1 << i), cuda.shfl_xor_sync(ALL, b, 1 << i))
+        if threads > WARP:
+            shared = cuda.shared.array(slots, lane)
+            number, warp = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
+            if number == 0:
+                shared[warp] = a
+                shared[warps + warp] = b
+            cuda.syncthreads()
+            a, b = shared[number % warps], shared[warps + number % warps]
+            for i in range(steps_over):
+                a, b = join(a, b, cuda.shfl_xor_sync(ALL, a, 1 << i), cuda.shfl_xor_sync(ALL, b, 1 << i))
+        return a, b
+
+    return joined
+
+
+@device
+def add_two(a, b, a2, b2):
+    """Add two numbers each."""
+    return a + a2, b + b2
+
+
+@cache
+def largest():
+    """Return the function that adds the first numbers and takes the larger of the second."""
+    pick = ln.pick
+
+    @device
+    def join(a, b, a2, b2):
+        return a + a2, pick(b2 > b, b2, b)
+
+    return join
+
+
+@cache
+def around_mean(lane, width, threads, centred, masked, whole):
+    """Return the function that takes a group, a tile a thread, around its mean.
+
+    The sum around a pivot, an element of the group, gives a mean that is off by a few units in the last place of the
+    pivot's distance from it. What it is off by is the mean around it, which is exact, as is M2. This takes a third of
+    the instructions that merging the triples of all threads takes, which in half precision took longer than memory.
+
+    ``around(values, chosen, n, pivot)`` returns the count, the mean as ``hi + lo``, M2, and the values less `hi`; `n`
+    and `pivot` are those of the group where there is no mask.
+    """
+    scalar = np.float32 if lane == types.float32 else np.float64
+    fold, count, tile, first = ln.fold(1), ln.count(1, lane), ln.tile(width), ln.first(1)
+    pick, choose, inverse = ln.pick, ln.choose, ln.inverse
+    summed, both_summed = team_sum(lane, threads), team_pair(lane, threads, add_two)
+    count_and_pivot = team_pair(lane, threads, largest())
+    zero, one, least = scalar(0), scalar(1), scalar(-np.inf)
+    cut = masked or not whole
+
+    @device
+    def around(values, chosen, n, pivot):
+        if masked:
+            n = count(chosen)
+            n, pivot = count_and_pivot(n, pick(n > zero, first(chosen, values), least))
+            pivot = pick(n > zero, pivot, zero)
+        if not centred:
+            return n, zero, zero, summed(fold(values * values)), values
+        share = inverse(pick(n > zero, n, one))
+        rest = values - tile(pivot)
+        if cut:
+            rest = choose(chosen, rest)
+        hi = pivot + summed(fold(rest)) * share
+        rest = values - tile(hi)
+        counted = rest
+        if cut:
+            counted = choose(chosen, rest)
+        s, squares = both_summed(fold(counted), fold(counted * counted))
+        lo = s * share
+        m2 = squares - s * lo
+        return n, hi, lo, pick(m2 < zero, zero, m2), rest
+
+    return around
+
+
 @device
 def add(a, b, c, d, a2, b2, c2, d2):
     """Merge four sums."""

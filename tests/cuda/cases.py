@@ -32,6 +32,7 @@ class Case:
     shift: int = 0  # elements that spans lie beyond an aligned address
     mean: float = 0.5
     scale: float = 1.0
+    parameter: str = ""  # dtype of weight and bias, that of the lanes if none is named
 
     @property
     def centred(self) -> bool:
@@ -76,6 +77,7 @@ class Problem:
         if self.mask is not None and self.plan.mask is None:
             self.counts = np.array(self.mask.transpose(layout.order), order="C").reshape(-1)
         lane = self.form.lane
+        lane = dtype_of(case.parameter) if case.parameter else lane
         self.weight = rng.standard_normal(layout.size).astype(lane) if case.weight else None
         self.bias = rng.standard_normal(layout.size).astype(lane) if case.bias and case.centred else None
         index = np.indices(shape)
@@ -209,10 +211,11 @@ class Device:
         dx = self.allocate(plan.size, problem.form.result, shift)
         mean = self.place(stats[MEAN].astype(np.float64), 0) if problem.case.centred else None
         rstd = self.place(stats[RSTD].astype(np.float64), 0)
+        weight = None if problem.weight is None else problem.weight.astype(lane)
         gradients = [self.allocate(plan.layout.size, lane, 0) for _ in range(2 if problem.case.centred else 1)]
         cuda.backward(
             plan, self.span_of(problem.dy, shift), self.span_of(problem.x, shift), dx,
-            self.span_of(problem.weight, shift), mean, rstd, gradients[0], (*gradients, None)[1],
+            self.span_of(weight, shift), mean, rstd, gradients[0], (*gradients, None)[1],
             self.span_of(problem.counts, shift), fixed, stream=0, workspace=self.workspace,
         )  # fmt: skip
         dweight, dbias = (np.array(self.view(g)) for g in (gradients[0], gradients[-1]))

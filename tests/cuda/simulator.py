@@ -155,7 +155,8 @@ lanes.fold, lanes.count, lanes.first, lanes.tile, lanes.put = _fold, _count, _fi
 def _places(rule: str, vector: int, count: int, p: int, step: int, limit: int, run: int, stride: int) -> Iterator[Any]:
     for i in range(count):
         q = p + i * step
-        if rule == "flat":
+        if rule in ("flat", "whole"):
+            assert rule == "flat" or (q < limit) == (p < limit)
             row, within = 0, q * vector
             offset = within
         elif rule == "runs":
@@ -181,9 +182,14 @@ def _loader(name: str, lane: Any, vector: int, count: int, rule: str) -> Any:
 
 
 @cache
-def _affine_storer(name: str, lane: Any, vector: int, count: int, rule: str, weight: str, bias: str) -> Any:
+def _affine_storer(
+    name: str, lane: Any, vector: int, count: int, rule: str, weight: str, bias: str, stored: str = ""
+) -> Any:
     dtype, scalar = dtype_of(name), _scalar_type(lane)
-    gathers = [_gatherer(kind or "piece", lane, vector, count, rule) for kind in (weight, bias)]
+    gathers = [
+        _gatherer(kind.replace("same", "along") or "piece", lane, vector, count, rule, stored)
+        for kind in (weight, bias)
+    ]
 
     def store(
         address: int, p: int, step: int, limit: int, run: int, stride: int, values: np.ndarray,
@@ -192,7 +198,7 @@ def _affine_storer(name: str, lane: Any, vector: int, count: int, rule: str, wei
         assert values.dtype == scalar
         for kind, source, gather, join in ((weight, w, gathers[0], np.multiply), (bias, b, gathers[1], np.add)):
             if kind:
-                first = start % size if kind == "along" else start
+                first = {"along": start % size, "same": 0}.get(kind, start)
                 values = join(values, gather(source, first, p, step, limit, run, packed, inner, size))
         for i, there, offset, _, _ in _places(rule, vector, count, p, step, limit, run, stride):
             if there:
@@ -230,24 +236,25 @@ def _chooser(kind: str, vector: int, count: int, rule: str) -> Any:
 
 
 @cache
-def _gatherer(kind: str, lane: Any, vector: int, count: int, rule: str) -> Any:
+def _gatherer(kind: str, lane: Any, vector: int, count: int, rule: str, stored: str = "") -> Any:
     scalar = np.dtype(_scalar_type(lane))
+    dtype = dtype_of(stored) if stored else scalar
 
     def gather(address: int, start: int, *rest: int) -> np.ndarray:
         *place, inner, size = rest
         result = np.zeros(vector * count, scalar)
         if kind == "group":
-            result[:] = access(address, start // inner % size, scalar, 1)[0]
+            result[:] = access(address, start // inner % size, dtype, 1)[0]
             return result
         for i, there, offset, _, within in _places(rule, vector, count, *place):
             if not there:
                 continue
             if kind == "along":
-                result[i : i + vector] = access(address, start + within, scalar, vector)
+                result[i : i + vector] = access(address, start + within, dtype, vector)
             else:
                 for j in range(vector):
                     flat = start + offset + (j if kind == "element" else 0)
-                    result[i + j] = access(address, flat // inner % size, scalar, 1)[0]
+                    result[i + j] = access(address, flat // inner % size, dtype, 1)[0]
         return result
 
     return gather

@@ -69,6 +69,27 @@ ROWS = [
     Case("layer", (3, 96), axis=(1,), order="sliced"),
     Case("layer", (40, 5), axis=(0,), order="F"),
     Case("layer", (3, 4, 40), axis=(1, 2)),
+    Case("layer", (1, 4000), axis=(1,)),
+    Case("rms", (1, 140000), axis=(1,), residual=True),
+    # The same of elements of 16 bits.
+    Case("layer", (3, 30), axis=(1,), dtype="bfloat16"),
+    Case("layer", (9, 64), axis=(1,), dtype="float16"),
+    Case("rms", (5, 128), axis=(1,), dtype="bfloat16"),
+    Case("layer", (5, 250), axis=(1,), dtype="float16"),
+    Case("layer", (3, 512), axis=(1,), dtype="bfloat16"),
+    Case("layer", (2, 1000), axis=(1,), dtype="float16"),
+    Case("layer", (2, 2048), axis=(1,), dtype="bfloat16"),
+    Case("layer", (1, 8192), axis=(1,), dtype="float16"),
+    # Parameters of 16 bits.
+    Case("layer", (3, 48), axis=(1,), dtype="bfloat16", parameter="bfloat16"),
+    Case("group", (2, 6, 4, 5), num_groups=2, dtype="float16", parameter="float16"),
+    Case("batch", (3, 2, 40), dtype="bfloat16", parameter="bfloat16"),
+    Case("layer", (2, 3, 40), axis=(1, 2), dtype="float16", parameter="float16", shift=1),
+    # A group by a cluster of blocks: whole tiles, ragged ones, blocks with nothing to do, masks.
+    Case("layer", (2, 32768), axis=(1,)),
+    Case("layer", (1, 17000), axis=(1,), dtype="bfloat16"),
+    Case("group", (2, 4, 8200), num_groups=2),
+    Case("layer", (1, 17001), axis=(1,), mask="elements"),
 ]
 
 COLUMNS = [
@@ -319,7 +340,7 @@ def test_the_cases_take_every_way() -> None:
         problem = Problem(case, separable=True)
         names = str(problem.x.dtype), str(problem.form.result)
         call = launch.Call(*names, case.weight, problem.bias is not None, bool(case.mask), case.residual)
-        call = call._replace(low=(4,) * 7 if case.shift else ())
+        call = call._replace(low=(4,) * 7 if case.shift else (), affine=case.parameter)
         own = Problem(case)
         if own.plan.columns:
             choice = launch.columns(own.plan, call, "moments").choice
@@ -328,7 +349,7 @@ def test_the_cases_take_every_way() -> None:
             choice = launch.rows(own.plan, call, "x", "stats", True).choice
             each = choice.vector * choice.loads * (2 if choice.wide else 1)
             forward |= {(choice.team, each, choice.held), choice.rule, choice.mask, choice.weight, choice.vector}
-            forward |= {("split", choice.split)}
+            forward |= {("split", choice.split), ("joined", choice.joined), ("affine", choice.affine)}
         if problem.plan.columns:
             how = launch_backward.columns_backward(problem.plan, call)
             general |= {("rows", how.rows is not None)}
@@ -338,10 +359,11 @@ def test_the_cases_take_every_way() -> None:
             if "fused" in how.parts:
                 choice = how.parts["fused"].choice
                 fused.add((choice.team, choice.vector * choice.loads * (2 if choice.wide else 1)))
-    for rung in launch.LADDER:
+    for rung in launch.LADDER + launch.HALVES:
         assert (rung.team, rung.each, True) in forward, rung
     assert (launch.STREAM.team, launch.STREAM.each, False) in forward
-    assert {"flat", "runs", "all", "elements", "along", "group", "piece", "", ("split", True), 1, 2, 4, 8} <= forward
+    assert {"flat", "whole", "runs", "all", "elements", "along", "same", "group", "piece", "", 1, 2, 4, 8} <= forward
+    assert {("split", True), ("joined", True), ("affine", "bfloat16"), ("affine", "float16")} <= forward
     assert {("columns", k) for k in ("all", "elements", "runs", "piece", "along", "element", 1, 2, 4, 8)} <= forward
     assert {(rung.team, rung.each) for rung in launch_backward.FUSED} <= fused
     assert {"fused", "sums", "lanes", "emit", ("rows", True), ("rows", False)} <= general
