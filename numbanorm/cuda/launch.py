@@ -42,9 +42,8 @@ LADDER = (
 """Groups that registers hold, float32 lanes (float64: half as many elements at each step).
 
 To keep 3 TB/s busy, half of it reads, at a latency of 600 ns, each of 132 multiprocessors needs about 7 KB of loads
-under way. A thread has 32, 64 or 128 bytes under way and, within `BUDGET`, a multiprocessor has room for 512 threads or
-more: 16 KB at least. Up to 1024 elements a warp serves a group, and no thread waits at a barrier. Teams of 1024 threads
-would have to make do with 64 registers, which 16 elements and their moments exceed.
+under way. A thread has 32, 64 or 128 bytes under way and, within its `budget`, a multiprocessor has room for 512 to
+1024 threads: 24 KB at least. Up to 1024 elements a warp serves a group, and no thread waits at a barrier.
 """
 
 HALVES = (
@@ -65,9 +64,6 @@ does once, for its group, is spread over twice as many elements.
 
 STREAM = Rung(0, 512, 16)
 """Groups beyond the ladder are read tile by tile, and once more for the output, from L2 while 132 groups fit in it."""
-
-BUDGET = {8: 112, 16: 128, 32: 160}
-"""Registers a thread may use, by the 32-bit numbers that it has of each array; tests hold that no kernel spills."""
 
 NARROW_BLOCK = 128
 """Threads of a block of several teams: 4 warps, so that the last block of a launch wastes little."""
@@ -252,6 +248,7 @@ def rows(plan: Plan, call: Call, takes: str, leaves: str, writes: bool) -> Launc
         chunk_pieces = -(-chunk_elements(plan) // (tile * vector)) * tile
     chunks = CLUSTER if joined else -(-pieces // chunk_pieces)
     split = chunks > 1
+    rule = "runs" if not flat else "whole" if held and pieces == chunks * tile else "flat"
     units = layout.groups * chunks
     block = block_of(rung.team)
     choice = Rows(
@@ -262,7 +259,7 @@ def rows(plan: Plan, call: Call, takes: str, leaves: str, writes: bool) -> Launc
         loads=count,
         team=rung.team,
         block=block,
-        rule="runs" if not flat else "whole" if held and pieces == chunks * tile else "flat",
+        rule=rule,
         held=held,
         takes=takes,
         leaves=leaves,
@@ -276,7 +273,7 @@ def rows(plan: Plan, call: Call, takes: str, leaves: str, writes: bool) -> Launc
         split=split,
         joined=joined and takes == "x" and leaves == "stats" and writes,
         kept=k1 > 1,
-        registers=BUDGET[rung.each],
+        registers=budget(rung, call, rule, joined),
     )
     numbers = (
         units, chunks, chunk_pieces, pieces, r1 // vector, k1, r0 * k1 * r1, r1,
@@ -287,6 +284,17 @@ def rows(plan: Plan, call: Call, takes: str, leaves: str, writes: bool) -> Launc
     )  # fmt: skip
     starts = (x.start * sizes[0], y.start * sizes[1], mask.start)
     return Launch(choice, -(-units * rung.team // block), starts, numbers)
+
+
+def budget(rung: Rung, call: Call, rule: str, joined: bool) -> int:
+    """Return how many registers a thread may use; a tile that may be cut, masks and residuals need more."""
+    if rung.each < 32:
+        return 72 if rule == "whole" else 80
+    if joined:
+        return 104 if rule == "whole" else 128
+    if call.mask or call.added:
+        return 112
+    return 80
 
 
 def chunk_elements(plan: Plan) -> int:

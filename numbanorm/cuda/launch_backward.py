@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from ..plan import Plan
 from .launch import (
+    CLUSTER,
     LADDER,
     MIN_CHUNK,
     NARROW_BLOCK,
@@ -43,6 +44,19 @@ Beyond 8192 a thread would need 32 elements, 128 registers for them alone, or 10
 rows are read twice.
 """
 
+FUSED_HALVES = (
+    Rung(32, 4, 8),
+    Rung(64, 4, 16),
+    Rung(128, 8, 16),
+    Rung(256, 16, 16),
+    Rung(512, 32, 16),
+    Rung(1024, 64, 16),
+    Rung(2048, 128, 16),
+    Rung(4096, 256, 16),
+    Rung(8192, 512, 16),
+)
+"""The same for elements of 16 bits, for the reason of `launch.HALVES`."""
+
 FUSED_BLOCK = 256
 """Threads of a block of several teams: two blocks on each of some 130 multiprocessors keep 16 warps busy on it."""
 
@@ -78,6 +92,7 @@ class Backward(NamedTuple):
     weight: bool = False
     centred: bool = True
     fixed: bool = False
+    cluster: int = 1  # blocks that share a row
 
 
 class Part(NamedTuple):
@@ -122,8 +137,8 @@ def _merge(units: int, entries: int, options: tuple[bool, ...], numbers: tuple[i
 
 
 @lru_cache(maxsize=4096)
-def rows_backward(plan: Plan, call: Call) -> BackwardPlan:
-    """Choose the launches of backward in rows."""
+def rows_backward(plan: Plan, call: Call, clusters: bool = False) -> BackwardPlan:
+    """Choose the launches of backward in rows; `clusters` tells whether the device has any."""
     layout = plan.layout
     k0, r0, k1, r1 = layout.view
     inner, size, groups = layout.inner, layout.size, layout.groups
@@ -152,20 +167,28 @@ def rows_backward(plan: Plan, call: Call) -> BackwardPlan:
         "fixed": call.fixed,
     }
     numbers: tuple[int, ...]
-    rung = next((r for r in FUSED if r1 * part <= r.elements), None)
+    rung = next((r for r in (FUSED_HALVES if max(sizes[:2]) == 2 else FUSED) if r1 * part <= r.elements), None)
+    if rung is not None and rung.team == 512 and call.mask:
+        rung = None  # a mask beside all that would not fit in registers
+    cluster = 1
+    if rung is None and clusters:
+        cluster = CLUSTER
+        rung = next((r for r in FUSED_HALVES if -(-r1 // (cluster * vector)) * vector * part <= r.elements), None)
     if rung is not None and ((vector == 1 and rung.each > 8) or (wide and rung.team > 256)):
         rung = None  # with all their addresses, or in a block of 512 threads, they would not fit in registers
     if along and r0 == 1 and k1 == 1 and rung is not None:
         count = max(1, rung.each // part // vector)
         block = block_of(rung.team, FUSED_BLOCK)
         teams = block // rung.team
-        slab_rows = min(SLAB_ROWS, -(-k0 * block // (teams * SLABS * FUSED_BLOCK)))
-        blocks = -(-k0 // (teams * slab_rows))
-        choice = Backward(*fields, count, rung.team, block, **common)
-        numbers = (k0, slab_rows, r1 // vector, size, dy.strides[0], x.strides[0], mask.strides[0])
-        return BackwardPlan(
-            starts, {"fused": Part(choice, blocks, numbers)}, None, None, 0, 0, blocks * 2 * size * lane
-        )
+        slab_rows = min(SLAB_ROWS, -(-k0 * block * cluster // (teams * SLABS * FUSED_BLOCK)))
+        made = -(-k0 // (teams * slab_rows))
+        rule = "whole" if r1 == cluster * rung.team * count * vector else "flat"
+        choice = Backward(*fields, count, rung.team, block, rule=rule, cluster=cluster, **common)
+        part_pieces = -(-r1 // (vector * cluster))
+        numbers = (k0, slab_rows, r1 // vector, part_pieces, size, dy.strides[0], x.strides[0], mask.strides[0])
+        behind = _rounded(48 * cluster * made) if cluster > 1 else 0
+        fused = {"fused": Part(choice, made * cluster, numbers)}
+        return BackwardPlan(starts, fused, None, None, 0, behind, behind + made * 2 * size * lane)
 
     strides = (*x.strides[:3], *dy.strides[:3], *mask.strides[:3])
     together = k1 == 1 and x.strides[1] == dy.strides[1] == r1 and (mask_kind != "elements" or mask.strides[1] == r1)

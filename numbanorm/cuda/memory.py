@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .lanes import I8, I16, I32, I64, LLVM, Choice, Lanes, join, number, part, repeat
+from .lanes import I1, I8, I16, I32, I64, LLVM, Choice, Lanes, join, number, part, repeat
 from .toolchain import intrinsic, ir, types
 
 WORD = 16
@@ -57,6 +57,7 @@ def _places(builder, rule, vector, count, arguments):
     """Yield, piece by piece, whether it is there, its offset, its run and its offset in that."""
     p, step, limit, run, stride = arguments
     there = None
+    rows = _steps(builder, p, step, run) if rule == "runs" else None
     for _ in range(count):
         if there is None or rule != "whole":
             there = builder.icmp_signed("<", p, limit)
@@ -64,14 +65,51 @@ def _places(builder, rule, vector, count, arguments):
             row, within = _START, builder.mul(p, ir.Constant(I64, vector))
             offset = within
         elif rule == "runs":
-            row = builder.udiv(p, run)
-            within = builder.mul(builder.sub(p, builder.mul(row, run)), ir.Constant(I64, vector))
+            row, rest = next(rows)
+            within = builder.mul(rest, ir.Constant(I64, vector))
             offset = builder.add(builder.mul(row, stride), within)
         else:
             row, within = p, _START
             offset = builder.mul(p, stride)
         yield there, offset, row, within
         p = builder.add(p, step)
+
+
+def _steps(builder, start, step, length):
+    """Yield quotient and rest, by a length, of a number that grows by steps: a division takes 25 instructions."""
+    quotient, more = builder.udiv(start, length), builder.udiv(step, length)
+    rest = builder.sub(start, builder.mul(quotient, length))
+    rest_more = builder.sub(step, builder.mul(more, length))
+    while True:
+        yield quotient, rest
+        rest, over = _less(builder, builder.add(rest, rest_more), length)
+        quotient = builder.add(builder.add(quotient, more), builder.zext(over, I64))
+
+
+def _less(builder, number, length):
+    """Return a number below twice a length less that, if it can be, and whether it can."""
+    over = builder.icmp_unsigned(">=", number, length)
+    return builder.select(over, builder.sub(number, length), number), over
+
+
+def _channels(builder, rule, vector, count, place, start, inner, size):
+    """Yield ``flat // inner % size`` of every piece; see `gatherer`."""
+    if rule not in ("flat", "whole"):
+        for _, offset, _, _ in _places(builder, rule, vector, count, place):
+            yield builder.urem(builder.udiv(builder.add(start, offset), inner), size)
+        return
+    p, step = (builder.mul(number, ir.Constant(I64, vector)) for number in place[:2])
+    before = channel = None
+    for quotient, _ in _steps(builder, builder.add(start, p), step, inner):
+        if channel is None:
+            channel = builder.urem(quotient, size)
+            more = builder.urem(builder.udiv(step, inner), size)
+        else:
+            # One step more than `more` where the rest has run over.
+            over = builder.sub(builder.sub(quotient, before), builder.udiv(step, inner))
+            channel, _ = _less(builder, builder.add(builder.add(channel, more), over), size)
+        before = quotient
+        yield channel
 
 
 def _pointer(builder, address, offset, kind, size):
@@ -216,6 +254,55 @@ def loader(dtype, lane, vector, count, rule):
     return load
 
 
+def _packs(dtype, vector):
+    """Tell whether a load of so many elements is whole 32-bit words of narrower ones."""
+    return dtype in ("float16", "bfloat16") and vector % 2 == 0
+
+
+@cache
+def raw_loader(dtype, lane, vector, count, rule):
+    """Return ``load(address, p, ...)``: what `loader` reads, as it is stored, two halves a number of 32 bits.
+
+    So a thread reads ahead in half the registers, and no conversion waits for memory: `unpacker` converts.
+    """
+    if not _packs(dtype, vector):
+        return loader(dtype, lane, vector, count, rule)
+    lanes = Lanes(types.float32, vector * count // 2)
+    word = ir.VectorType(ir.FloatType(), vector // 2)
+
+    @intrinsic
+    def load(typing_context, address, p, step, limit, run, stride):
+        def generate(context, builder, signature, arguments):
+            parts = []
+            for there, offset, _, _ in _places(builder, rule, vector, count, arguments[1:]):
+                at = _pointer(builder, arguments[0], offset, word, 2)
+                parts.append(_where(builder, there, partial(builder.load, at, align=2 * vector)))
+            return join(builder, parts)
+
+        return lanes(types.int64, *_PLACE), generate
+
+    return load
+
+
+@cache
+def unpacker(dtype, lane, vector, count):
+    """Return the function that makes lanes of what `raw_loader` has read."""
+    packs = _packs(dtype, vector)
+    result = Lanes(lane, vector * count)
+
+    @intrinsic
+    def unpacked(typing_context, raw):
+        def generate(context, builder, signature, arguments):
+            if not packs:
+                return arguments[0]
+            words = builder.bitcast(arguments[0], ir.VectorType(I32, vector * count // 2))
+            return _to_lanes(builder, _cut(builder, words, _stored(dtype), vector * count), dtype, lane)
+
+        return result(raw), generate
+
+    return unpacked
+
+
 @cache
 def storer(dtype, lane, vector, count, rule):
     """Return ``store(address, p, step, limit, run, stride, lanes)``."""
@@ -270,15 +357,16 @@ def _group_weight(builder, lane, vector, name, address, start, inner, size):
     return repeat(builder, builder.extract_element(weight, number(0)), vector)
 
 
-def _weights(builder, kind, lane, vector, name, address, start, offset, within, inner, size):
-    """Read the weights of one piece, stored as `name`; see `gatherer`."""
+def _weights(builder, kind, lane, vector, name, address, start, offset, within, inner, size, channel):
+    """Read the weights of one piece, stored as `name`; see `gatherer`. `channel` is that of a piece."""
     stored = _stored(name)
     if kind == "along":
         return _to_lanes(builder, _read(builder, address, builder.add(start, within), stored, vector), name, lane)
     scalars = []
     for i in range(vector if kind == "element" else 1):
-        flat = builder.add(builder.add(start, offset), ir.Constant(I64, i))
-        channel = builder.urem(builder.udiv(flat, inner), size)
+        if kind == "element":
+            flat = builder.add(builder.add(start, offset), ir.Constant(I64, i))
+            channel = builder.urem(builder.udiv(flat, inner), size)
         scalars.append(_to_lanes(builder, _read(builder, address, channel, stored, 1), name, lane))
     return join(builder, scalars if kind == "element" else scalars * vector)
 
@@ -303,8 +391,9 @@ def gatherer(kind, lane, vector, count, rule, stored=""):
             if kind == "group":
                 return _group_weight(builder, lane, vector * count, name, address, start, inner, size)
             parts = []
+            channels = _channels(builder, rule, vector, count, place, start, inner, size) if kind == "piece" else None
             for there, offset, _, within in _places(builder, rule, vector, count, place):
-                where = address, start, offset, within, inner, size
+                where = address, start, offset, within, inner, size, channels and next(channels)
                 reading = partial(_weights, builder, kind, lane, vector, name, *where)
                 parts.append(_where(builder, there, reading))
             return join(builder, parts)
@@ -338,7 +427,11 @@ def affine_storer(dtype, lane, vector, count, rule, weight, bias, stored=""):
                 for k, kind, source in (("w", weight, w), ("b", bias, b))
                 if kind == "group"
             }
+            channels = None
+            if "piece" in (weight, bias):
+                channels = _channels(builder, rule, vector, count, [*place[:4], packed], start, inner, size)
             for i, ((there, offset, _, _), (_, flat, _, within)) in enumerate(zip(targets, flats, strict=True)):
+                channel = channels and next(channels)
                 with builder.if_then(there):
                     piece = part(builder, values, i * vector, vector)
                     for which, kind, source, combine in (
@@ -348,9 +441,9 @@ def affine_storer(dtype, lane, vector, count, rule, weight, bias, stored=""):
                         if not kind:
                             continue
                         rows = kind in ("along", "same")
-                        place = source, along if rows else start, flat, within, inner, size
+                        where = source, along if rows else start, flat, within, inner, size, channel
                         operand = shared.get(which) or _weights(
-                            builder, "along" if rows else kind, lane, vector, name, *place
+                            builder, "along" if rows else kind, lane, vector, name, *where
                         )
                         piece = combine(piece, operand)
                     _write(builder, address, offset, _from_lanes(builder, piece, dtype))
@@ -377,13 +470,32 @@ def rounder(dtype, lane, width):
 
 
 @intrinsic
-def wait_for_cluster(typing_context):
-    """Let the blocks of a cluster wait for each other; what they have written they can read."""
+def arrive_at_cluster(typing_context, wrote):
+    """Tell the blocks of the cluster that this thread has come so far, and to see what it wrote if it did.
+
+    A thread that has something to show waits until all that it wrote is in L2, also what nobody asks for.
+    """
 
     def generate(context, builder, signature, arguments):
-        wait = "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;"
-        nothing = ir.FunctionType(ir.VoidType(), [])
-        builder.call(ir.InlineAsm(nothing, wait, "~{memory}", side_effect=True), [])
+        arrive = (
+            "{ .reg .pred %wrote; setp.ne.u32 %wrote, $0, 0; @%wrote barrier.cluster.arrive.release; "
+            "@!%wrote barrier.cluster.arrive.relaxed; }"
+        )
+        kind = ir.FunctionType(ir.VoidType(), [I32])
+        flag = builder.zext(builder.trunc(arguments[0], I1), I32)
+        builder.call(ir.InlineAsm(kind, arrive, "r,~{memory}", side_effect=True), [flag])
+        return context.get_dummy_value()
+
+    return types.none(types.boolean), generate
+
+
+@intrinsic
+def wait_for_cluster(typing_context):
+    """Wait until all threads of the cluster have arrived; what they have shown can be read."""
+
+    def generate(context, builder, signature, arguments):
+        kind = ir.FunctionType(ir.VoidType(), [])
+        builder.call(ir.InlineAsm(kind, "barrier.cluster.wait.acquire;", "~{memory}", side_effect=True), [])
         return context.get_dummy_value()
 
     return types.none(), generate

@@ -62,7 +62,7 @@ def kernel(c: Rows) -> Kernel:
     tile_moments = of_tile(width)
     merged = team(lane, c.team, merge)
     around = around_mean(lane, width, c.team, c.centred, c.mask != "all", c.rule == "whole")
-    tile_of, first_of = ln.tile(width), ln.fold(1)
+    first_of = ln.fold(1)
     load_first, round_first = memory.loader(c.source, lane, 1, 1, "flat"), memory.rounder(c.result, lane, 1)
     pivoted = c.held and c.centred and c.mask == "all" and c.takes == "x"
     vector = c.vector
@@ -74,10 +74,11 @@ def kernel(c: Rows) -> Kernel:
     teams = c.block // c.team
     read_number, write_number = memory.read_number, memory.write_number
     held, added, writes, centred, split, kept = c.held, c.added, c.writes, c.centred, c.split, c.kept
-    joined, on_the_way = c.joined, c.held and c.takes == "x" and not c.joined
+    joined, on_the_way = c.joined, c.held and c.takes == "x"
     from_x, from_stats, from_table_alone = c.takes == "x", c.takes == "stats", c.takes == "table"
     to_table, to_stats = c.leaves == "table", c.leaves == "stats"
-    wait_for_cluster, cluster = memory.wait_for_cluster, ints(launch.CLUSTER)
+    arrive_at_cluster, wait_for_cluster = memory.arrive_at_cluster, memory.wait_for_cluster
+    cluster = ints(launch.CLUSTER)
     block_wide = c.team > WARP
     whole_tile = np.int64(c.team * c.loads)
     step = np.int64(c.team)
@@ -157,32 +158,35 @@ def kernel(c: Rows) -> Kernel:
             pivot = first(x_at, residual_at, limit)
         gain = one
         hi = lo = zero
-        if from_x:
-            for attempt in range(2):
-                n = hi = lo = squares = zero
-                if held:
-                    chosen = chosen_of(mask_at, start, step, limit, run, mask_R0)
-                    n = scalar(max(limit - (start - thread), ints(0)) * vector)
-                    n, hi, lo, squares, rest = around(tile * gain, chosen, n, pivot * gain)
-                else:
-                    p = start
-                    while p - thread < limit:
-                        values = read(x_at, residual_at, total_at, p, limit, run, x_R0, packed_R0)
-                        chosen = chosen_of(mask_at, p, step, limit, run, mask_R0)
-                        n2, hi2, lo2, squares2 = tile_moments(values * gain, chosen)
-                        n, hi, lo, squares = merge(n, hi, lo, squares, n2, hi2, lo2, squares2)
-                        p += whole_tile
-                    n, hi, lo, squares = merged(n, hi, lo, squares)
-                good = attempt > 0 or trusted(hi, squares)
-                if block_wide:
-                    if good:
-                        break
-                elif not cuda.any_sync(ALL, not good):
-                    break
+        if from_x and held:
+            chosen = chosen_of(mask_at, start, step, limit, run, mask_R0)
+            here = scalar(max(limit - (start - thread), ints(0)) * vector)
+            n, hi, lo, squares, rest = around(tile, chosen, here, pivot)
+            good = trusted(hi, squares)
+            if (block_wide and not good) or (not block_wide and cuda.any_sync(ALL, not good)):
                 if not good:
                     gain = gain_for(squares)
                 if block_wide:
                     cuda.syncthreads()  # the sums have been read
+                # Read once more, rather than kept so long: 125 registers would be 80.
+                tile = read(x_at, residual_at, total_at, start, limit, run, x_R0, packed_R0)
+                n, hi, lo, squares, rest = around(tile * gain, chosen, here, pivot * gain)
+        elif from_x:
+            n = hi = lo = squares = zero
+            for attempt in range(2):
+                n = hi = lo = squares = zero
+                p = start
+                while p - thread < limit:
+                    values = read(x_at, residual_at, total_at, p, limit, run, x_R0, packed_R0)
+                    chosen = chosen_of(mask_at, p, step, limit, run, mask_R0)
+                    n2, hi2, lo2, squares2 = tile_moments(values * gain, chosen)
+                    n, hi, lo, squares = merge(n, hi, lo, squares, n2, hi2, lo2, squares2)
+                    p += whole_tile
+                n, hi, lo, squares = merged(n, hi, lo, squares)
+                if attempt > 0 or trusted(hi, squares):
+                    break
+                gain = gain_for(squares)
+        if from_x:
             count = np.float64(n)
             undo = inverse_of(gain)
             mean, m2 = (np.float64(hi) + np.float64(lo)) * undo, np.float64(squares) * undo * undo
@@ -196,6 +200,7 @@ def kernel(c: Rows) -> Kernel:
                 write_number(table, unit, count)
                 write_number(table, units + unit, mean)
                 write_number(table, 2 * units + unit, m2)
+            arrive_at_cluster(thread == 0)
             wait_for_cluster()
             # As `from_table`, to the last bit, without its loop: every eight threads merge the eight entries.
             entry = group * cluster + thread % cluster
@@ -215,14 +220,23 @@ def kernel(c: Rows) -> Kernel:
                 write_number(stats, 2 * groups + group, m2)
                 write_number(stats, 3 * groups + group, rstd)
         if writes:
-            if not from_x or joined:
+            around_part, ratio = np.float64(hi), one
+            if joined:
+                # From around the mean of this block's part to around that of the group.
+                around_part, ratio = around_part * inverse_of(gain), scalar(inverse_of(gain))
+            if joined or not from_x:
                 gain = gain_to_apply(rstd)
                 hi, lo = mean_in_lanes(mean * np.float64(gain))
+            ratio, move = ratio * gain, scalar((around_part - mean) * np.float64(gain))
             scale = scalar(rstd * inverse_of(gain))
             back = lo * scale
             p = start
             while p - thread < limit:
-                if on_the_way:
+                if joined:
+                    values = rest * ratio
+                    if centred:
+                        values = values + move
+                elif on_the_way:
                     values = rest
                 else:
                     if held:
@@ -235,8 +249,8 @@ def kernel(c: Rows) -> Kernel:
                     if centred:
                         values = values - hi
                 values = values * scale
-                if centred:
-                    values = values - tile_of(back)
+                if centred and not joined:
+                    values = values - back
                 store_y(y_at, p, step, limit, run, y_R0, values, weight, bias, flat, packed_R0, inner, size)
                 if held:
                     break

@@ -115,7 +115,7 @@ class Kernel:
     threads : int
         Threads of a block.
     registers : int, optional
-        Registers that a thread may use.
+        Registers that a thread may use on devices of compute capability 9.0 and later.
     cluster : int, optional
         Blocks of a cluster, of which the number of blocks must be a multiple.
     """
@@ -132,7 +132,7 @@ class Kernel:
         self.made_from = made_from
         self.threads = threads
         self.cluster = cluster
-        self.registers = min(registers, REGISTERS // threads, 255)
+        self.registers = registers
         self.name = f"numbanorm_{function.__name__}"
         self._simulated = cuda.jit(function) if SIMULATED else None
         self._loaded: dict[int, Any] = {}
@@ -148,6 +148,11 @@ class Kernel:
             loaded = self._loaded[device] = self._load(tuple(cuda.get_current_device().compute_capability))
         _launch(_stream(stream), _configuration(blocks, self.threads, self.cluster), loaded, *arguments)
 
+    def registers_on(self, capability: tuple[int, int]) -> int:
+        """Return how many registers a thread may use on devices of a compute capability."""
+        wanted = self.registers if capability >= (9, 0) else 255  # for older ones the assembler needs more
+        return min(wanted, REGISTERS // self.threads, 255)
+
     def assemble(self, capability: tuple[int, int]) -> Assembled:
         """Compile the kernel for devices of a compute capability."""
         names = inspect.signature(self.function).parameters
@@ -156,7 +161,7 @@ class Kernel:
         (entry,) = re.findall(r"\.entry (\w+)", ptx)
         ptx = ptx.replace(entry, self.name)
         options = LinkerOptions(
-            arch="sm_{}{}".format(*capability), ptxas_options=["-v"], max_register_count=self.registers
+            arch="sm_{}{}".format(*capability), ptxas_options=["-v"], max_register_count=self.registers_on(capability)
         )
         linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=options)
         return Assembled(ptx, linker.link("cubin").code, linker.get_info_log())

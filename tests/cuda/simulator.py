@@ -182,6 +182,17 @@ def _loader(name: str, lane: Any, vector: int, count: int, rule: str) -> Any:
 
 
 @cache
+def _raw_loader(name: str, lane: Any, vector: int, count: int, rule: str) -> Any:
+    load, dtype = _loader(name, lane, vector, count, rule), dtype_of(name)
+    return lambda *place: load(*place).astype(dtype if name in ("float16", "bfloat16") else _scalar_type(lane))
+
+
+@cache
+def _unpacker(name: str, lane: Any, vector: int, count: int) -> Any:
+    return lambda raw: raw.astype(_scalar_type(lane))
+
+
+@cache
 def _affine_storer(
     name: str, lane: Any, vector: int, count: int, rule: str, weight: str, bias: str, stored: str = ""
 ) -> Any:
@@ -273,6 +284,7 @@ def _write_number(address: int, index: int, value: float) -> None:
 
 
 memory.loader, memory.storer, memory.affine_storer = _loader, _storer, _affine_storer
+memory.raw_loader, memory.unpacker = _raw_loader, _unpacker
 memory.chooser, memory.gatherer, memory.rounder = _chooser, _gatherer, _rounder
 memory.read_number = lambda address, index: access(address, index, _DOUBLE, 1)[0]
 memory.write_number = _write_number
