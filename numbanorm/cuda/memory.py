@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .lanes import I1, I8, I16, I32, I64, LLVM, Choice, Lanes, join, number, part, repeat
+from .lanes import I8, I16, I32, I64, LLVM, Choice, Lanes, join, number, part, repeat
 from .toolchain import intrinsic, ir, types
 
 WORD = 16
@@ -469,36 +469,27 @@ def rounder(dtype, lane, width):
     return rounded
 
 
-@intrinsic
-def arrive_at_cluster(typing_context, wrote):
-    """Tell the blocks of the cluster that this thread has come so far, and to see what it wrote if it did.
+def _told(instructions):
+    """Return a function without arguments that is a few instructions, which memory accesses do not pass."""
 
-    A thread that has something to show waits until all that it wrote is in L2, also what nobody asks for.
-    """
+    @intrinsic
+    def tell(typing_context):
+        def generate(context, builder, signature, arguments):
+            kind = ir.FunctionType(ir.VoidType(), [])
+            builder.call(ir.InlineAsm(kind, instructions, "~{memory}", side_effect=True), [])
+            return context.get_dummy_value()
 
-    def generate(context, builder, signature, arguments):
-        arrive = (
-            "{ .reg .pred %wrote; setp.ne.u32 %wrote, $0, 0; @%wrote barrier.cluster.arrive.release; "
-            "@!%wrote barrier.cluster.arrive.relaxed; }"
-        )
-        kind = ir.FunctionType(ir.VoidType(), [I32])
-        flag = builder.zext(builder.trunc(arguments[0], I1), I32)
-        builder.call(ir.InlineAsm(kind, arrive, "r,~{memory}", side_effect=True), [flag])
-        return context.get_dummy_value()
+        return types.none(), generate
 
-    return types.none(types.boolean), generate
+    return tell
 
 
-@intrinsic
-def wait_for_cluster(typing_context):
-    """Wait until all threads of the cluster have arrived; what they have shown can be read."""
+show_to_cluster = _told("fence.acq_rel.cluster;")
+"""Let what this thread has written be seen by the blocks of its cluster, once they have waited for each other."""
 
-    def generate(context, builder, signature, arguments):
-        kind = ir.FunctionType(ir.VoidType(), [])
-        builder.call(ir.InlineAsm(kind, "barrier.cluster.wait.acquire;", "~{memory}", side_effect=True), [])
-        return context.get_dummy_value()
-
-    return types.none(), generate
+wait_for_cluster = _told("barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.acquire.aligned;")
+"""Wait until all threads of the cluster have come so far. To arrive shows nothing of what was written: that would let
+every thread wait until all that it wrote, results too, is in L2."""
 
 
 @intrinsic

@@ -77,7 +77,7 @@ def kernel(c: Rows) -> Kernel:
     joined, on_the_way = c.joined, c.held and c.takes == "x"
     from_x, from_stats, from_table_alone = c.takes == "x", c.takes == "stats", c.takes == "table"
     to_table, to_stats = c.leaves == "table", c.leaves == "stats"
-    arrive_at_cluster, wait_for_cluster = memory.arrive_at_cluster, memory.wait_for_cluster
+    show_to_cluster, wait_for_cluster = memory.show_to_cluster, memory.wait_for_cluster
     cluster = ints(launch.CLUSTER)
     block_wide = c.team > WARP
     whole_tile = np.int64(c.team * c.loads)
@@ -200,7 +200,7 @@ def kernel(c: Rows) -> Kernel:
                 write_number(table, unit, count)
                 write_number(table, units + unit, mean)
                 write_number(table, 2 * units + unit, m2)
-            arrive_at_cluster(thread == 0)
+                show_to_cluster()
             wait_for_cluster()
             # As `from_table`, to the last bit, without its loop: every eight threads merge the eight entries.
             entry = group * cluster + thread % cluster

@@ -96,7 +96,7 @@ def fused_kernel(c: Backward) -> Kernel:
     ahead = c.block < 512  # whose threads have no registers left for that
     clustered, cluster = c.cluster > 1, np.int64(c.cluster)
     add_cluster = team_pair(types.float64, c.cluster, add_two)
-    arrive_at_cluster, wait_for_cluster = memory.arrive_at_cluster, memory.wait_for_cluster
+    show_to_cluster, wait_for_cluster = memory.show_to_cluster, memory.wait_for_cluster
     read_number, write_number = memory.read_number, memory.write_number
     step, teams = np.int64(c.team), c.block // c.team
     source_size, result_size, lane_size = item_size(c.source), item_size(c.result), item_size(name)
@@ -159,7 +159,7 @@ def fused_kernel(c: Backward) -> Kernel:
                         write_number(exchange, 3 * (at + part), np.float64(a))
                         write_number(exchange, 3 * (at + part) + 1, np.float64(b))
                         write_number(exchange, 3 * (at + part) + 2, np.float64(n))
-                    arrive_at_cluster(thread == 0)
+                        show_to_cluster()
                     wait_for_cluster()
                     at = 3 * (at + thread % cluster)
                     a_all, b_all = add_cluster(read_number(exchange, at), read_number(exchange, at + 1))
