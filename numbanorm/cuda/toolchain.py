@@ -167,7 +167,17 @@ class Kernel:
         return Assembled(ptx, linker.link("cubin").code, linker.get_info_log())
 
     def _load(self, capability: tuple[int, int]) -> Any:
-        """Return the loaded kernel, from disk if it is there."""
+        """Return the loaded kernel, from disk if it is there.
+
+        Raises
+        ------
+        TypeError
+            If the device is too old for its dtype.
+        """
+        if capability < (8, 0) and "bfloat16" in repr(self.made_from):
+            raise TypeError(
+                "bfloat16: expected a device of compute capability 8.0 or later, got {}.{}".format(*capability)
+            )
         path = f"{self.function.__module__}.{self.function.__qualname__}"
         key = repr((path, self.made_from, self.registers, capability, _stamp())).encode()
         try:

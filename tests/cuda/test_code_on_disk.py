@@ -14,7 +14,7 @@ if toolchain.SIMULATED:
 
 from compiled import dispatcher  # noqa: E402
 
-from numbanorm.cuda import sums  # noqa: E402
+from numbanorm.cuda import copying, sums  # noqa: E402
 
 
 class Loader:
@@ -110,3 +110,11 @@ def test_the_user_folder(assembled: list[str], monkeypatch: pytest.MonkeyPatch, 
     slabs()._load((9, 0))
     assert len(assembled) == 1
     assert [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
+
+
+def test_devices_too_old_for_bfloat16(assembled: list[str]) -> None:
+    """Their assembler knows no instruction that rounds to it."""
+    copying._kernel("float32", "float16", "")._load((7, 5))
+    with pytest.raises(TypeError, match=r"bfloat16: expected a device of compute capability 8\.0 or later, got 7\.5"):
+        copying._kernel("bfloat16", "float32", "")._load((7, 5))
+    assert assembled == ["numbanorm_copy"]

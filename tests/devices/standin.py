@@ -234,10 +234,16 @@ def _uses(workspace: Any) -> None:
         array_of(span)[:] = 0xFF
 
 
+def _in_lanes(span: Span | None) -> np.ndarray | None:
+    """Return parameters as the CPU's kernels take them; the rows kernels of CUDA read those of 16 bits, too."""
+    array = array_of(span)
+    return array.astype(np.float32) if array is not None and array.itemsize == 2 else array
+
+
 def forward(plan, x, y, weight, bias, stats, eps, mask=None, residual=None, total=None, *, stream, workspace):
     LAUNCHES.append(Launch("forward", stream))
     _uses(workspace)
-    arrays = [array_of(span) for span in (x, y, weight, bias)]
+    arrays = [array_of(x), array_of(y), *(_in_lanes(span) for span in (weight, bias))]
     kept = cpu.forward(plan, *arrays, eps, array_of(mask), array_of(residual), array_of(total))
     array_of(stats)[:] = kept.ravel()
 
