@@ -65,6 +65,13 @@ def load_all_as_lanes(records: np.ndarray, whole: np.ndarray, part: np.ndarray) 
         room[i % width] = records[0]
 
 
+@njit
+def store_all_as_lanes(values: np.ndarray, records: np.ndarray) -> None:
+    no = lanes.no_lanes(records)
+    for i in range(0, values.shape[0], lanes.width_of(no)):
+        lanes.store_lanes(lanes.load_lanes(no, values, i), records, i)
+
+
 def loaded(bits: np.ndarray, half: np.dtype[Any]) -> np.ndarray:
     """Convert as the kernels do."""
     out = np.empty(bits.shape, np.float32)
@@ -169,6 +176,22 @@ class TestConversions:
     def test_store_rounds_to_nearest_even(self, half: Any) -> None:
         values = hard_float32(half)
         same_half(stored(values, half), rounded(values, half))
+
+    def test_store_as_lanes(self, half: Any) -> None:
+        """What outputs are: vectors, with subnormal numbers among others and without."""
+        values = hard_float32(half)
+        values = np.concatenate([values, np.random.default_rng(1).permutation(values)])
+        values = values[: len(values) // 64 * 64]
+        bits = np.empty(values.shape, np.uint16)
+        store_all_as_lanes(values, dtypes.kernel_view(bits.view(half)))
+        same_half(bits, rounded(values, half))
+
+    @pytest.mark.skipif(not dtypes.rounds_to_bfloat16(), reason="this CPU does not round to bfloat16 itself")
+    def test_the_cpu_rounds_to_bfloat16(self) -> None:
+        half = np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
+        values = np.zeros(64, np.float32)
+        store_all_as_lanes(values, dtypes.kernel_view(np.empty(64, half)))
+        assert any("vcvtne2ps2bf16" in code for code in store_all_as_lanes.inspect_asm().values())
 
     def test_float16_by_integer_arithmetic(self) -> None:
         """What CPUs without the conversion use."""

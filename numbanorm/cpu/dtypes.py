@@ -200,6 +200,55 @@ def truncate_half(builder, value, name, in_hardware):
     return builder.trunc(builder.or_(half, sign), short)
 
 
+class _BFloat(ir.Type):
+    """LLVM's own type for bfloat16, which llvmlite does not name."""
+
+    def _to_string(self):
+        return "bfloat"
+
+    def __eq__(self, other):
+        return isinstance(other, _BFloat)
+
+    def __hash__(self):
+        return hash(_BFloat)
+
+
+def _instruction(builder, kind, name):
+    return builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+
+
+def round_to_bfloat16(builder, value):
+    """Generate the rounding of 32 float32 by the CPU, as `truncate_half` rounds.
+
+    One instruction in place of twenty, but it takes subnormal numbers for 0: where there are any, the twenty do it.
+    """
+    half = ir.VectorType(ir.FloatType(), 16)
+    parts = [
+        builder.shuffle_vector(value, value, ir.Constant(ir.VectorType(ir.IntType(32), 16), [*range(i, i + 16)]))
+        for i in (0, 16)
+    ]
+    subnormal = ir.Constant(ir.IntType(32), 0x20)
+    is_one = ir.FunctionType(ir.VectorType(ir.IntType(1), 16), [half, subnormal.type])
+    classify = _instruction(builder, is_one, "llvm.x86.avx512.fpclass.ps.512")
+    found = builder.or_(*(builder.call(classify, [part, subnormal]) for part in parts))
+    some = builder.icmp_unsigned("!=", builder.bitcast(found, ir.IntType(16)), ir.Constant(ir.IntType(16), 0))
+    short = ir.VectorType(ir.IntType(16), 32)
+    with builder.if_else(some, likely=False) as (exact, fast):
+        with exact:
+            slow_result = truncate_half(builder, value, "bfloat16", False)
+            slow_block = builder.block
+        with fast:
+            packed = ir.VectorType(_BFloat(), 32)
+            kind = ir.FunctionType(packed, [half, half])
+            convert = _instruction(builder, kind, "llvm.x86.avx512bf16.cvtne2ps2bf16.512")
+            fast_result = builder.bitcast(builder.call(convert, [parts[1], parts[0]]), short)
+            fast_block = builder.block
+    result = builder.phi(short)
+    result.add_incoming(slow_result, slow_block)
+    result.add_incoming(fast_result, fast_block)
+    return result
+
+
 def _conversions(name, in_hardware):
     """Make the conversions of a half format from and to float32, of scalars."""
 
@@ -222,9 +271,18 @@ def _conversions(name, in_hardware):
 
 def has_f16c() -> bool:
     """Tell whether the CPU that Numba compiles for converts float16 itself; elsewhere LLVM's conversion crashes."""
+    return _has("f16c")
+
+
+def rounds_to_bfloat16() -> bool:
+    """Tell whether the CPU that Numba compiles for rounds to bfloat16 itself."""
+    return _has("avx512bf16") and _has("avx512dq")
+
+
+def _has(feature: str) -> bool:
     if config.CPU_NAME or config.CPU_FEATURES:  # the user compiles for another CPU than this one
-        return "+f16c" in (config.CPU_FEATURES or "")
-    return bool(llvmlite.binding.get_host_cpu_features().get("f16c", False))
+        return f"+{feature}" in (config.CPU_FEATURES or "")
+    return bool(llvmlite.binding.get_host_cpu_features().get(feature, False))
 
 
 float16_bits_to_float32, float32_to_float16_bits = _conversions("float16", in_hardware=False)

@@ -18,7 +18,17 @@ from numba.core.typing import signature as typing_signature
 from numba.core.typing.templates import AbstractTemplate, infer_global
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
-from .dtypes import LINE, element_format, element_pointer, extend_half, has_f16c, lane_of, truncate_half
+from .dtypes import (
+    LINE,
+    element_format,
+    element_pointer,
+    extend_half,
+    has_f16c,
+    lane_of,
+    round_to_bfloat16,
+    rounds_to_bfloat16,
+    truncate_half,
+)
 from .jit import scalar
 
 WIDTHS = {types.float32: 32, types.float64: 16}
@@ -125,6 +135,8 @@ def _unconvert(builder, vector, name, lanes):
     if name in ("float16", "bfloat16"):
         if lanes.element == types.float64:
             vector = builder.fptrunc(vector, ir.VectorType(ir.FloatType(), lanes.width))
+        if name == "bfloat16" and lanes.width == 32 and rounds_to_bfloat16():
+            return round_to_bfloat16(builder, vector)
         return truncate_half(builder, vector, name, has_f16c())
     if name == "float32" and lanes.element == types.float64:
         return builder.fptrunc(vector, ir.VectorType(ir.FloatType(), lanes.width))
