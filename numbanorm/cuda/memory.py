@@ -212,20 +212,27 @@ def _to_lanes(builder, raw, name, lane):
     return (builder.sitofp if name.startswith("int") else builder.uitofp)(raw, target)
 
 
+def _rounded_pair(builder, low, high):
+    """Round two float32 to bfloat16, in one word.
+
+    One instruction for both; in integers it takes seven each, and bfloat16 took as long as float32.
+    """
+    convert = ir.FunctionType(I32, [low.type, high.type])
+    return builder.call(ir.InlineAsm(convert, "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f"), [high, low])
+
+
 def _from_lanes(builder, values, name):
     """Turn lanes into elements as they are stored, rounded to nearest, ties to even."""
     width = values.type.count
     if name != "bfloat16":
         kind = ir.VectorType(_stored(name), width)
         return values if values.type == kind else builder.fptrunc(values, kind)
-    # One instruction for two; in integers, rounding takes seven each, and bfloat16 took as long as float32.
     real = ir.FloatType()
-    convert = ir.InlineAsm(ir.FunctionType(I32, [real, real]), "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f")
     result = ir.Constant(ir.VectorType(I16, width), ir.Undefined)
     for start in range(0, width, 2):
         low = builder.extract_element(values, number(start))
         high = builder.extract_element(values, number(start + 1)) if start + 1 < width else ir.Constant(real, 0.0)
-        pair = builder.bitcast(builder.call(convert, [high, low]), ir.VectorType(I16, 2))
+        pair = builder.bitcast(_rounded_pair(builder, low, high), ir.VectorType(I16, 2))
         for i in range(min(2, width - start)):
             result = builder.insert_element(result, builder.extract_element(pair, number(i)), number(start + i))
     return result

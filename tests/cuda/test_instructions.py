@@ -136,8 +136,13 @@ def places(rule: str, vector: int, loads: int, p: int, step: int, limit: int) ->
     """Return (there, offset, row, offset within the row) of each piece, by the rules of `memory`."""
     result = []
     for q in range(p, p + loads * step, step):
-        row, within = {"flat": (0, q * vector), "runs": (q // RUN, q % RUN * vector), "rows": (q, 0)}[rule]
-        result.append((q < limit, row * STRIDE + within, row, within))
+        row, within = {
+            "flat": (0, q * vector),
+            "whole": (0, q * vector),
+            "runs": (q // RUN, q % RUN * vector),
+            "rows": (q, 0),
+        }[rule]
+        result.append(((p if rule == "whole" else q) < limit, row * STRIDE + within, row, within))
     return result
 
 
@@ -149,10 +154,30 @@ def lane_of(name: str) -> tuple[Any, Any]:
     return (types.float64, np.float64) if wide(name) else (types.float32, np.float32)
 
 
+@pytest.fixture(autouse=True)
+def _no_instruction_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Round to bfloat16 in integers: the instruction that the kernels use is none of this CPU."""
+
+    def rounded_pair(builder: Any, low: Any, high: Any) -> Any:
+        def constant(value: int) -> Any:
+            return ir.Constant(ir.IntType(32), value)
+
+        words = []
+        for value in (low, high):
+            bits = builder.bitcast(value, ir.IntType(32))
+            odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
+            up = builder.add(builder.add(bits, constant(0x7FFF)), odd)
+            nan = builder.fcmp_unordered("uno", value, value)
+            words.append(builder.lshr(builder.select(nan, constant(0x7FFF0000), up), constant(16)))
+        return builder.or_(builder.shl(words[1], constant(16)), words[0])
+
+    monkeypatch.setattr(memory, "_rounded_pair", rounded_pair)
+
+
 NAMES = ["float32", "float64", "float16", "bfloat16", "bool", "int8", "uint8", "int16", "uint16", "int32", "uint64"]
 
 
-@pytest.mark.parametrize("rule", ["flat", "runs", "rows"])
+@pytest.mark.parametrize("rule", ["flat", "whole", "runs", "rows"])
 @pytest.mark.parametrize("name", NAMES)
 def test_loads(name: str, rule: str) -> None:
     lane, scalar = lane_of(name)
@@ -166,9 +191,14 @@ def test_loads(name: str, rule: str) -> None:
         ]
         assert found.dtype == scalar
         assert (found == np.concatenate(parts)).all()
+        # As it is stored, and then cut.
+        place = data.ctypes.data, p, step, limit, RUN, STRIDE
+        raw = run(memory.raw_loader(name, lane, vector, loads, rule), *place)
+        unpack = memory.unpacker(name, lane, vector, loads)
+        assert (run(unpack, (Lanes(lane, len(raw)), raw)) == found).all()
 
 
-@pytest.mark.parametrize("rule", ["flat", "runs", "rows"])
+@pytest.mark.parametrize("rule", ["flat", "whole", "runs", "rows"])
 @pytest.mark.parametrize("name", NAMES[:4])
 def test_stores(name: str, rule: str) -> None:
     lane, scalar = lane_of(name)
@@ -218,12 +248,15 @@ def test_masks(kind: str, rule: str) -> None:
 
 
 @pytest.mark.parametrize("vector", [1, 4, 8])
-@pytest.mark.parametrize("rule", ["flat", "runs", "rows"])
+@pytest.mark.parametrize("rule", ["flat", "whole", "runs", "rows"])
 @pytest.mark.parametrize("kind", ["along", "group", "piece", "element"])
-@pytest.mark.parametrize("name", ["float32", "float64"])
+@pytest.mark.parametrize("name", ["float32", "float64", "bfloat16"])
 def test_weights(kind: str, rule: str, name: str, vector: int) -> None:
+    stored = "" if name != "bfloat16" else name
+    name = "float32" if stored else name
     lane, scalar = lane_of(name)
-    weights, biases = numbers(600, scalar), numbers(600, scalar)[::-1].copy()
+    weights, biases = (numbers(600, dtype_of(stored or name)) for _ in range(2))
+    biases[...] = biases[::-1].copy()
     p, step, limit, loads, inner, size, start = 1, 2, 5, 4, 8, 11, 48
     place = p, step, limit, RUN, STRIDE
 
@@ -239,13 +272,17 @@ def test_weights(kind: str, rule: str, name: str, vector: int) -> None:
             parts.append(of[index] if there or kind == "group" else np.zeros(vector))
         return np.concatenate(parts)
 
-    found = run(memory.gatherer(kind, lane, vector, loads, rule), weights.ctypes.data, start, *place, inner, size)
+    gather = memory.gatherer(kind, lane, vector, loads, rule, stored)
+    found = run(gather, weights.ctypes.data, start, *place, inner, size)
+    weights_given, biases_given = weights, biases
+    weights, biases = weights.astype(scalar), biases.astype(scalar)
     assert (found == expected(weights, start)).all()
     out = aligned(600, scalar)
     values = np.arange(1, vector * loads + 1).astype(scalar)
-    store = memory.affine_storer(name, lane, vector, loads, rule, kind, kind)
+    store = memory.affine_storer(name, lane, vector, loads, rule, kind, kind, stored)
     given = (Lanes(lane, vector * loads), values)
-    run(store, out.ctypes.data, *place, given, weights.ctypes.data, biases.ctypes.data, start, STRIDE, inner, size)
+    sources = weights_given.ctypes.data, biases_given.ctypes.data
+    run(store, out.ctypes.data, *place, given, *sources, start, STRIDE, inner, size)
     wanted = values * expected(weights, start % size) + expected(biases, start % size)
     written = np.zeros(600, bool)
     for i, (there, at, _, _) in enumerate(places(rule, vector, loads, p, step, limit)):
