@@ -195,7 +195,7 @@ def kernel(c: Rows) -> Kernel:
             rstd = read_number(stats, 3 * groups + group)
         else:
             count, mean, m2 = from_table(table, group * chunks, chunks, units, thread % WARP)
-        if joined:
+        if joined:  # pragma: no cover (the simulator has no clusters)
             if thread == 0:
                 write_number(table, unit, count)
                 write_number(table, units + unit, mean)
@@ -221,7 +221,7 @@ def kernel(c: Rows) -> Kernel:
                 write_number(stats, 3 * groups + group, rstd)
         if writes:
             around_part, ratio = np.float64(hi), one
-            if joined:
+            if joined:  # pragma: no cover
                 # From around the mean of this block's part to around that of the group.
                 around_part, ratio = around_part * inverse_of(gain), scalar(inverse_of(gain))
             if joined or not from_x:
@@ -232,7 +232,7 @@ def kernel(c: Rows) -> Kernel:
             back = lo * scale
             p = start
             while p - thread < limit:
-                if joined:
+                if joined:  # pragma: no cover
                     values = rest * ratio
                     if centred:
                         values = values + move

@@ -152,7 +152,7 @@ def fused_kernel(c: Backward) -> Kernel:
                 if block_wide:
                     cuda.syncthreads()  # the last sums have been read
                 a, b = add_team(fold(d), fold(d * h))
-                if clustered:
+                if clustered:  # pragma: no cover (the simulator has no clusters)
                     # By turns in two places: when a block writes to the first again, all have read it.
                     at = (2 * slab + i % 2) * cluster
                     if thread == 0:
