@@ -221,9 +221,9 @@ def packed(array: np.ndarray, plan: Plan) -> np.ndarray:
     return np.array(array.transpose(plan.layout.order), order="C").reshape(-1)
 
 
-def fresh(plan: Plan, dtype: np.dtype[Any]) -> np.ndarray:
-    """Return a new output, in the order of memory of the input."""
+def fresh(plan: Plan, dtype: np.dtype[Any], *beside: np.ndarray) -> np.ndarray:
+    """Return a new output, in the order of memory of the input, to be written while those `beside` it are read."""
     layout = plan.layout
     if plan.inverse is None:
-        return POOL.empty(layout.shape, dtype)
-    return POOL.empty(tuple(layout.shape[a] for a in layout.order), dtype).transpose(plan.inverse)
+        return POOL.empty(layout.shape, dtype, *beside)
+    return POOL.empty(tuple(layout.shape[a] for a in layout.order), dtype, *beside).transpose(plan.inverse)

@@ -77,7 +77,7 @@ class Call:
                 added = None
                 self.plan = plan(norm, options, shape, (source.strides, source.itemsize), y, masked)
             else:
-                total = arrays.fresh(self.plan, dtype)
+                total = arrays.fresh(self.plan, dtype, source)
         layout, lane = self.plan.layout, form.lane  # of the sum, where that was taken above
         self.weight = None if weight is None else parameter(weight, "weight", layout, lane)
         self.bias = None if bias is None else parameter(bias, "bias", layout, lane)
@@ -89,7 +89,8 @@ class Call:
             target = np.empty_like(source, dtype)
         self._out, self._target = out, target
         direct = y is not None and self.plan.y is not None
-        self._y = target if direct and target is not None else arrays.fresh(self.plan, dtype)
+        read = [source] if total is None or total is source else [source, total]
+        self._y = target if direct and target is not None else arrays.fresh(self.plan, dtype, *read)
         self._back = None if type(x) is np.ndarray else arrays.way_back(x)
 
     def forward(self, eps: float, keep: bool = True) -> np.ndarray:
@@ -322,7 +323,7 @@ def run_backward(
     flat_weight = None if weight is None else parameter(weight, "weight", layout, lane)
     flat_rstd = given_statistic(rstd, "rstd", layout)
     flat_mean = given_statistic(mean, "mean", layout) if layout.centred else np.zeros(1)
-    dx = arrays.fresh(work, dtype)
+    dx = arrays.fresh(work, dtype, source, gradient)
     if work.size == 0:
         gradients = (np.zeros(layout.size), np.zeros(layout.size))
     else:

@@ -243,7 +243,7 @@ class _Piece:
     def gradient(self, weight: Any, first: Any, second: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         work = self.plan
         layout = work.layout
-        dx = arrays.fresh(work, self._form.result)
+        dx = arrays.fresh(work, self._form.result, self._x, self._dy)
         if work.size == 0:
             return dx, np.zeros(layout.size), np.zeros(layout.size if layout.centred else 0)
         means = np.stack([given_statistic(a, "means", layout) for a in (first, second)])

@@ -4,6 +4,10 @@ The system clears every page before it hands it out: an output of 16 MiB costs 2
 the memory of an output goes back to a pool when the last array that looks at it is gone, views and exports included,
 and the next output of about that size takes it. Nothing is shared, and nothing handed out that anybody can still see.
 
+Where in a page an output starts matters, too: a CPU tells by the last twelve bits of an address whether a load must
+wait for an earlier store. NumPy's own large arrays all start 16 bytes into a page, so that each output would be written
+just ahead of where its input is read; see `APART`.
+
 The environment variable ``NUMBANORM_POOL`` bounds the memory that the pool keeps while nobody uses it: bytes, or
 ``"64M"``, ``"2G"``; ``0`` switches it off. The default is a sixteenth of the machine's memory.
 """
@@ -46,6 +50,16 @@ _COUNTS = getattr(sys, "_is_gil_enabled", lambda: True)()
 ALIGNMENT = 64
 """Bytes: what is streamed past the caches must start with a cache line."""
 
+PAGE = 4096
+
+APART = 1024
+"""Bytes of a page by which an output starts after its input.
+
+On Zen 4, LayerNorm (16384, 4096) of bfloat16 takes 23.7 ms with 48 bytes, 21.9 with 112, 13.4 with 176 and 12.4 from
+1008 to 2032; batch norm in inference (64, 256, 56, 56) 6.1, 9.8, 7.0 and 4.4; LayerNorm (4096, 1024) of float32 1.02
+and 0.93.
+"""
+
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -74,19 +88,35 @@ def limit_from(text: str) -> int:
     return int(digits.removesuffix(unit)) * _UNITS[unit]
 
 
+def _address(array: np.ndarray) -> int:
+    return int(array.ctypes.data)
+
+
+def _start(address: int, beside: tuple[np.ndarray, ...]) -> int:
+    """Return where in a block at `address` an output starts: at a line, and in its page far from its inputs."""
+    if not beside:
+        return -address % ALIGNMENT
+    taken = [_address(array) for array in beside]
+    place = taken[0] + APART
+    if len(taken) > 1:
+        places = [inputs + steps * APART for inputs in taken for steps in (1, 2)]
+        place = max(places, key=lambda p: min(min((p - t) % PAGE, (t - p) % PAGE) for t in taken))
+    return (place - place % ALIGNMENT - address) % PAGE
+
+
 class _Lease:
     """Memory that is in use. Every array over it keeps this object alive; with it goes the last of them."""
 
     __slots__ = ("__array_interface__", "_block", "_pool")
 
-    def __init__(self, pool: Pool, block: np.ndarray, size: int) -> None:
+    def __init__(self, pool: Pool, block: np.ndarray, size: int, beside: tuple[np.ndarray, ...]) -> None:
         self._pool = pool
         self._block = block
-        start: int = block.__array_interface__["data"][0]
+        address = _address(block)
         self.__array_interface__ = {
             "shape": (size,),
             "typestr": "|u1",
-            "data": (start + -start % ALIGNMENT, False),
+            "data": (address + _start(address, beside), False),
             "version": 3,
         }
 
@@ -106,7 +136,7 @@ class Pool:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.kept = 0
-        self._counted: dict[int, list[tuple[np.ndarray, int]]] = {}  # by size: blocks, in use or not, and their starts
+        self._counted: dict[int, list[tuple[np.ndarray, int]]] = {}  # by size: blocks, in use or not, and addresses
         self._counted_bytes = 0
         self._free: OrderedDict[int, np.ndarray] = OrderedDict()  # by address, in the order of return
         self._returned: deque[np.ndarray] = deque()
@@ -114,14 +144,26 @@ class Pool:
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._after_fork)
 
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-        """Return a C-ordered array of undefined content, as `numpy.empty` does; its memory may be a reused block."""
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any], *beside: np.ndarray) -> np.ndarray:
+        """Return a C-ordered array of undefined content, as `numpy.empty` does; its memory may be a reused block.
+
+        Parameters
+        ----------
+        shape, dtype
+            Of the array.
+        *beside : ndarray
+            What is read, or written, while the array is written: it starts elsewhere in a page (`APART`).
+        """
         size = prod(shape) * dtype.itemsize
         if size < SMALLEST or self.limit == 0:
             return np.empty(shape, dtype)
         if size < LEASED and _COUNTS:
-            return self._take_counted(shape, dtype, size)
-        return np.asarray(_Lease(self, self._take(size), size)).view(dtype).reshape(shape)
+            return self._take_counted(shape, dtype, size, beside)
+        return np.asarray(_Lease(self, self._take(size), size, beside)).view(dtype).reshape(shape)
+
+    def empty_like(self, x: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+        """Return an output of the shape of the C-ordered `x`, to be written while that is read."""
+        return self.empty(x.shape, dtype, x)
 
     def clear(self) -> None:
         """Give what is kept back to the system."""
@@ -141,29 +183,31 @@ class Pool:
             finally:
                 self._lock.release()
 
-    def _take_counted(self, shape: tuple[int, ...], dtype: np.dtype[Any], size: int) -> np.ndarray:
+    def _take_counted(
+        self, shape: tuple[int, ...], dtype: np.dtype[Any], size: int, beside: tuple[np.ndarray, ...]
+    ) -> np.ndarray:
         """Return an array over a block that only this pool refers to: all arrays over a block refer to it."""
         if not self._lock.acquire(blocking=False):  # another thread has it, or what a signal has interrupted
             return np.empty(shape, dtype)
         try:
-            for block, start in self._counted.get(size, ()):
+            for block, address in self._counted.get(size, ()):
                 if getrefcount(block) == _IDLE:
-                    return np.ndarray(shape, dtype, block, start)
+                    return np.ndarray(shape, dtype, block, _start(address, beside))
             try:
-                block = np.empty(size + ALIGNMENT, np.uint8)
+                block = np.empty(size + PAGE, np.uint8)
             except MemoryError:
                 self._drop_idle()
                 self._free.clear()
                 self.kept = 0
-                block = np.empty(size + ALIGNMENT, np.uint8)
-            start = -block.ctypes.data % ALIGNMENT
+                block = np.empty(size + PAGE, np.uint8)
+            address = _address(block)
             most = min(COUNTED, self.limit)
             if self._counted_bytes + block.nbytes > most:
                 self._drop_idle()
             if self._counted_bytes + block.nbytes <= most:
-                self._counted.setdefault(size, []).append((block, start))
+                self._counted.setdefault(size, []).append((block, address))
                 self._counted_bytes += block.nbytes
-            return np.ndarray(shape, dtype, block, start)
+            return np.ndarray(shape, dtype, block, _start(address, beside))
         finally:
             self._lock.release()
 
@@ -171,9 +215,9 @@ class Pool:
         """Give blocks that nobody looks at back to the system; under the lock."""
         for size, blocks in list(self._counted.items()):
             used = []
-            for block, start in blocks:
+            for block, address in blocks:
                 if getrefcount(block) > _IDLE:
-                    used.append((block, start))
+                    used.append((block, address))
                 else:
                     self._counted_bytes -= block.nbytes
             if used:
@@ -183,7 +227,7 @@ class Pool:
 
     def _take(self, size: int) -> np.ndarray:
         step = 1 << max(size.bit_length() - 4, 16)  # so that at most an eighth is wasted
-        wanted = -(-size // step) * step + ALIGNMENT
+        wanted = -(-size // step) * step + PAGE
         if self._lock.acquire(timeout=0.1):  # a signal's handler does not wait for what it interrupted
             try:
                 self._settle()
@@ -203,7 +247,7 @@ class Pool:
         """Put returned blocks among the free ones, and drop the oldest beyond the limit; under the lock."""
         while self._returned:
             block = self._returned.popleft()
-            self._free[block.__array_interface__["data"][0]] = block
+            self._free[_address(block)] = block
             self.kept += block.nbytes
         while self._free and self.kept + self._counted_bytes > self.limit:
             self.kept -= self._free.popitem(last=False)[1].nbytes

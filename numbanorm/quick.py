@@ -35,7 +35,7 @@ __all__ = [
     "find_given",
 ]
 
-_empty, _ndarray, _may_share = np.empty, np.ndarray, np.may_share_memory
+_empty_like, _ndarray, _may_share = np.empty_like, np.ndarray, np.may_share_memory
 _FLOAT64 = np.dtype(np.float64)
 
 LARGEST = 1 << 22
@@ -44,9 +44,9 @@ LARGEST = 1 << 22
 _NO_MEAN = np.zeros(1)
 
 
-def _new(work: Plan, form: Format) -> Any:
-    """Return what makes outputs."""
-    return POOL.empty if work.size * form.result.itemsize >= SMALLEST else _empty
+def _is_pooled(work: Plan, form: Format) -> bool:
+    """Tell whether outputs come from the pool."""
+    return work.size * form.result.itemsize >= SMALLEST
 
 
 def _is_small(work: Plan) -> bool:
@@ -89,7 +89,7 @@ class Quick:
         self._lane = form.lane
         self._result = form.result
         self._half = form.result.itemsize == 2
-        self._new = _new(work, form)
+        self._new = POOL.empty_like if _is_pooled(work, form) else _empty_like
         self._shape = layout.affine_shape
         self._public = (4, *layout.stats_shape) if layout.stats_order is None else None
         self.epsilon = form.epsilon
@@ -148,8 +148,8 @@ class Quick:
         if residual is None:
             y, stats = self.forward(x, weight, bias, eps, out, return_stats)
             return (y, *self.public(stats)) if return_stats else y
-        y = self._new(x.shape, self._result) if out is None else out
-        total = self._new(x.shape, self._result)
+        y = self._new(x, self._result) if out is None else out
+        total = self._new(y, self._result)
         flat = residual.ravel(), total.ravel()
         if self._half:
             weight, bias = self.widened(weight), self.widened(bias)
@@ -160,7 +160,7 @@ class Quick:
         self, x: np.ndarray, weight: Any, bias: Any, eps: float, out: np.ndarray | None = None, keep: bool = True
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the result and, if they are to be kept, the backend's statistics."""
-        y = self._new(x.shape, self._result) if out is None else out
+        y = self._new(x, self._result) if out is None else out
         if self._half:
             weight, bias = self.widened(weight), self.widened(bias)
         return y, self._forward(x.ravel(), y.ravel(), weight, bias, eps, None, None, keep)
@@ -184,7 +184,7 @@ class Quick:
         out: np.ndarray | None = None,
     ) -> np.ndarray:
         """Normalize with running statistics."""
-        y = self._new(x.shape, self._result) if out is None else out
+        y = self._new(x, self._result) if out is None else out
         if self._half:
             weight, bias = self.widened(weight), self.widened(bias)
         self._apply(x.ravel(), y.ravel(), weight, bias, self._given(mean, var, eps))
@@ -194,12 +194,12 @@ class Quick:
 class QuickBackward:
     """Backward of one norm for C-ordered arrays of one shape and dtype, on one thread."""
 
-    __slots__ = ("_backward", "_centred", "_lane", "_new", "_result", "_shape", "_statistics", "small")
+    __slots__ = ("_backward", "_centred", "_lane", "_pooled", "_result", "_shape", "_statistics", "small")
 
     def __init__(self, work: Plan, form: Format) -> None:
         self._backward = cpu_backend().SettledBackward(work, form).backward
         self.small = _is_small(work)
-        self._new = _new(work, form)
+        self._pooled = _is_pooled(work, form)
         self._centred = work.layout.centred
         self._lane, self._result = form.lane, form.result
         self._shape, self._statistics = work.layout.affine_shape, work.layout.stats_shape
@@ -226,7 +226,7 @@ class QuickBackward:
 
     def run(self, dy: np.ndarray, x: np.ndarray, mean: Any, rstd: np.ndarray, weight: Any) -> tuple[np.ndarray, ...]:
         """Return dx, dweight and, where there is a mean, dbias."""
-        dx = self._new(x.shape, self._result)
+        dx = POOL.empty(x.shape, self._result, x, dy) if self._pooled else _empty_like(x, self._result)
         flat_mean = mean.ravel() if self._centred else _NO_MEAN
         flat = dy.ravel(), x.ravel(), dx.ravel()
         gradients = self._backward(*flat, weight, flat_mean, rstd.ravel())

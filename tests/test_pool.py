@@ -13,7 +13,7 @@ import pytest
 from processes import run
 
 import numbanorm as nn
-from numbanorm.pool import ALIGNMENT, SMALLEST, Pool, limit_from
+from numbanorm.pool import ALIGNMENT, APART, PAGE, SMALLEST, Pool, limit_from
 
 SHAPE = (1024, 2200)  # 8.6 MiB of float32: leased
 SMALL = (1024, 1100)  # 4.3 MiB: references are counted
@@ -54,6 +54,40 @@ def test_arrays_are_aligned_writeable_and_of_the_shape_asked_for(pool: Pool) -> 
             assert array.flags.carray
             assert address(array) % ALIGNMENT == 0
             array[...] = 1
+
+
+def apart(output: np.ndarray, other: np.ndarray) -> int:
+    """Return how far the starts of two arrays are from each other in a page."""
+    ahead = (address(output) - address(other)) % PAGE
+    return min(ahead, PAGE - ahead)
+
+
+def test_an_output_starts_elsewhere_in_a_page_than_its_inputs(pool: Pool, shape: tuple[int, ...]) -> None:
+    memory = np.empty(np.prod(shape) * 4 + 3 * PAGE, np.uint8)
+    page = memory[-address(memory) % PAGE :]
+    places = set()
+    for first in range(0, PAGE, 176):
+        x = page[first:][: np.prod(shape) * 4].view(np.float32).reshape(shape)
+        output = pool.empty_like(x, FLOAT32)  # of one block, again and again
+        assert address(output) % ALIGNMENT == 0
+        assert apart(output, x) > APART - ALIGNMENT
+        places.add(address(output) // PAGE * PAGE)
+        for second in (0, 16, 1040, 2064, 3000):
+            output = pool.empty(shape, FLOAT32, x, page[second:])
+            assert address(output) % ALIGNMENT == 0
+            assert min(apart(output, x), apart(output, page[second:])) > APART - 2 * ALIGNMENT
+        output[...] = 1
+    assert len(places) <= 4
+
+
+def test_outputs_of_norms_start_elsewhere_in_a_page(shape: tuple[int, ...]) -> None:
+    x = np.random.default_rng(0).standard_normal(shape, np.float32)
+    y, mean, rstd, total = nn.layer_norm(x, shape[1], residual=x + 1, return_stats=True)
+    assert min(apart(y, x), apart(total, x), apart(total, y)) > APART - 2 * ALIGNMENT
+    dx, *_ = nn.layer_norm_backward(y, x, shape[1], mean, rstd)
+    assert min(apart(dx, x), apart(dx, y)) > APART - 2 * ALIGNMENT
+    channels = x[: shape[0] // 4 * 4].reshape(-1, 4, shape[1] // 4)
+    assert apart(nn.batch_norm(channels, np.ones(4), np.ones(4)), channels) > APART - 2 * ALIGNMENT
 
 
 @pytest.mark.parametrize(
