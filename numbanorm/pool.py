@@ -89,7 +89,7 @@ def limit_from(text: str) -> int:
 
 
 def _address(array: np.ndarray) -> int:
-    return int(array.ctypes.data)
+    return int(array.__array_interface__["data"][0])  # not by `ctypes`, which is imported: leases die at exit, too
 
 
 def _start(address: int, beside: tuple[np.ndarray, ...]) -> int:

@@ -271,3 +271,16 @@ def test_wrong_limits(text: str) -> None:
 def test_the_environment_switches_it(value: str, owns: bool) -> None:
     code = "import numpy as np, numbanorm as nn; print(nn.layer_norm(np.ones((1024, 1024)), 1024).flags.owndata)"
     assert run(code, NUMBANORM_POOL=value) == str(owns)
+
+
+def test_a_process_may_end_while_memory_is_in_use() -> None:
+    """The last leases go when nothing can be imported any more."""
+    code = """
+import os
+os.dup2(1, 2)
+import numpy as np
+from numbanorm.pool import POOL
+held = [POOL.empty((1 << 23,), np.dtype(np.uint8)), POOL.empty((1 << 22,), np.dtype(np.uint8))]
+print("done", flush=True)
+"""
+    assert run(code) == "done"

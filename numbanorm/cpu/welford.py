@@ -78,5 +78,5 @@ def settle(count, s, q, k, centred):
     trusted = TINY < q < HUGE
     if not centred:
         return 0.0, q, trusted
-    offset = s / count
+    offset = s * (1.0 / count)  # which does not wait for the sums
     return k + offset, q - s * offset, trusted and s * offset <= POOR * q
