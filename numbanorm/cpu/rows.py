@@ -424,11 +424,19 @@ def _is_safe(rstd):
 
 
 @inlined
-def _normalize(x, residual, total, y, weight, bias, g, k0, r0, k1, j, width, mean, rstd, edge, carry):
-    """Write `width` elements of one run, with the mean in two lanes, stretch by stretch of the affine map."""
-    x_start = g.x_start + k0 * g.x_K0 + r0 * g.x_R0 + k1 * g.x_K1 + j
-    y_start = g.y_start + k0 * g.y_K0 + r0 * g.y_R0 + k1 * g.y_K1 + j
-    flat = ((k0 * g.R0 + r0) * g.K1 + k1) * g.R1 + j
+def _run_of(g, k0, r0, k1):
+    """Return where a run begins in x, in y and in packed memory."""
+    return (
+        g.x_start + k0 * g.x_K0 + r0 * g.x_R0 + k1 * g.x_K1,
+        g.y_start + k0 * g.y_K0 + r0 * g.y_R0 + k1 * g.y_K1,
+        ((k0 * g.R0 + r0) * g.K1 + k1) * g.R1,
+    )
+
+
+@inlined
+def _normalize(x, residual, total, y, weight, bias, g, run, k1, j, width, mean, rstd, edge, carry):
+    """Write `width` elements of one run from `j` on, stretch by stretch of the affine map."""
+    x_start, y_start, flat = run[0] + j, run[1] + j, run[2] + j
     if not _is_safe(rstd):
         for i in range(width):
             channel = (flat + i) // g.inner % g.size
@@ -690,8 +698,9 @@ def _forward_span(span, x, residual, total, y, mask, weight, bias, stats, geomet
         for i in range(after - base):
             mean, rstd = load(held, i), load(held, UNIT_GROUPS + i)
             for r0 in range(g.R0):
+                run = _run_of(g, out0, r0, out1)
                 carry = _normalize(
-                    p_x, p_residual, p_total, p_y, p_weight, p_bias, g, out0, r0, out1, 0, g.R1, mean, rstd, edge, carry
+                    p_x, p_residual, p_total, p_y, p_weight, p_bias, g, run, out1, 0, g.R1, mean, rstd, edge, carry
                 )
             out0, out1 = _next_group(g, out0, out1)
         base = after
@@ -757,18 +766,22 @@ def _apply_piece(piece, x, y, weight, bias, stats, g, edge, carry):
     k1 = first % g.K1
     r0 = first // g.K1 % g.R0
     k0 = first // (g.K1 * g.R0)
+    run = _run_of(g, k0, r0, k1)
     for _ in range(min(g.piece_runs, g.K0 * g.R0 * g.K1 - first)):
         group = k0 * g.K1 + k1
         mean = load(stats, MEAN * groups + group)
         rstd = load(stats, RSTD * groups + group)
-        carry = _normalize(x, None, None, y, weight, bias, g, k0, r0, k1, j, width, mean, rstd, edge, carry)
-        k1 += 1  # counted on: three divisions a run take as long as 30 elements
+        carry = _normalize(x, None, None, y, weight, bias, g, run, k1, j, width, mean, rstd, edge, carry)
+        # Counted on: three divisions a run take as long as 30 elements, its place as long as 8.
+        k1 += 1
+        run = run[0] + g.x_K1, run[1] + g.y_K1, run[2] + g.R1
         if k1 == g.K1:
             k1 = 0
             r0 += 1
             if r0 == g.R0:
                 r0 = 0
                 k0 += 1
+            run = _run_of(g, k0, r0, k1)
     return carry
 
 
