@@ -9,6 +9,7 @@ import pytest
 import numbanorm as nn
 from numbanorm.cpu import launch
 from numbanorm.plan import plan
+from numbanorm.pool import POOL
 
 RNG = np.random.default_rng(7)
 
@@ -89,7 +90,10 @@ def test_residual_and_dtypes(dtype: object) -> None:
             np.testing.assert_array_equal(y[sample].view(np.uint8), alone.view(np.uint8))
 
 
-@pytest.mark.parametrize("shape", [(2100, 1000), (2100, 1024), (701, 4096), (701, 4095), (1030, 2048)])
+NARROW = [(33_003, 64), (66_001, 32), (33_400, 63)]
+
+
+@pytest.mark.parametrize("shape", [(2100, 1000), (2100, 1024), (701, 4096), (701, 4095), (1030, 2048), *NARROW])
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_backward(shape: tuple[int, int], dtype: object) -> None:
     x, dy = (RNG.standard_normal(shape, np.float32).astype(dtype) for _ in range(2))
@@ -101,6 +105,26 @@ def test_backward(shape: tuple[int, int], dtype: object) -> None:
     for a, b in zip(got, wanted, strict=True):
         limit = 3e-7 if dtype is np.float32 else 2.0**-8
         assert np.abs(a.astype(np.float64) - b).max() <= limit * np.abs(b).max()
+
+
+@pytest.mark.parametrize("shape", NARROW)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_narrow_rows_of_backward(shape: tuple[int, int], dtype: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streamed by four where their memory begins with a line: dx of each row alone, gradients wherever dx lies."""
+    x, dy = (RNG.standard_normal(shape).astype(dtype) for _ in range(2))
+    weight = RNG.standard_normal(shape[1]).astype(dtype)
+    _, mean, rstd = nn.layer_norm(x, shape[1], weight, return_stats=True)
+    got = nn.layer_norm_backward(dy, x, shape[1], mean, rstd, weight)
+    assert got[0].ctypes.data % 64 == 0
+    monkeypatch.setattr(POOL, "empty", lambda shape, dtype, *_: begin_at(shape, dtype, 16))
+    elsewhere = nn.layer_norm_backward(dy, x, shape[1], mean, rstd, weight)
+    assert elsewhere[0].ctypes.data % 64 == 16
+    for a, b in zip(got, elsewhere, strict=True):
+        np.testing.assert_array_equal(a, b)
+    for first in range(0, shape[0], 4999):
+        part = slice(first, first + 5)
+        alone, *_ = nn.layer_norm_backward(dy[part], x[part], shape[1], mean[part], rstd[part], weight)
+        np.testing.assert_array_equal(got[0][part], alone)
 
 
 @pytest.mark.parametrize("shape", [(601, 4096), (120, 20480)])
