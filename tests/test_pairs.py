@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import ml_dtypes
 import numpy as np
 import pytest
 
 import numbanorm as nn
+from numbanorm import quick
 from numbanorm.cpu import launch
 from numbanorm.plan import plan
 from numbanorm.pool import POOL
 
 RNG = np.random.default_rng(7)
+
+
+@pytest.fixture(autouse=True)
+def on_each_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Take pairs on CPUs, too, that do better without."""
+    caches = (launch.geometry, quick._look_up, quick._look_up_backward)
+    monkeypatch.setattr(launch, "ASKS_AHEAD", True)
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
 
 
 def begin_at(shape: tuple[int, ...], dtype: object, offset: int) -> np.ndarray:
@@ -133,3 +148,10 @@ def test_the_launch_takes_them_so(shape: tuple[int, int]) -> None:
     assert launch.geometry(made, True)[0]["pairs"] == 1
     short = plan("layer", (None, None, (1,)), (8, shape[1]), ((4 * shape[1], 4), 4))
     assert launch.geometry(short, True)[0]["pairs"] == 0
+
+
+def test_zen_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "ASKS_AHEAD", False)
+    made = plan("layer", (None, None, (1,)), (2048, 2048), ((8192, 4), 4))
+    g = launch.geometry(made, True)[0]
+    assert (g["pairs"], g["ahead"], g["ahead_out"], g["unit_groups"]) == (0, 0, 0, 4)

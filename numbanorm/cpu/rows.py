@@ -47,6 +47,8 @@ FLOAT32_SAFE = 1e30
 AHEAD = 512
 """Elements by which lines are asked for before they are read, where they come from memory: 2 KiB of float32.
 
+Not on each CPU (`launch.ASKS_AHEAD`); the times here are an Emerald Rapids Xeon's.
+
 A copy, a product and a sum of 256 MB take 25.6 ms without, 22.5 with 1 KiB, 21.2 with 2 and 24.7 with 4; a row's sums
 before its output, with rows of 4096, 27.8 and 22.9.
 """
@@ -68,6 +70,13 @@ UNIT_GROUPS = 512
 """Groups a unit at most: a thread holds their moments, 12 KiB."""
 
 _HELD_ROOM = 3 * UNIT_GROUPS
+
+TOGETHER = 64
+"""Groups at most that are taken run by run, all of them of one k0."""
+
+_BOOKS = 7
+_BOOKS_ROOM = _BOOKS * TOGETHER
+"""Numbers that a chunk's books hold (`_add_block`)."""
 
 CLOSE = 0.0625
 """The shift stays while ``s**2/n`` is below this share of ``q``: the next block need not wait for this one's mean."""
@@ -216,7 +225,7 @@ def _add_block(x, residual, at, g, runs, width, mask, mask_at, books, n, s, q, c
     """Add a block of `n` elements, swept around the shift of the books, to the books of a chunk.
 
     ``books = (count, mean, m2, near, near_s, near_q, k)``: what is merged, count and sums of the last blocks, whose
-    shift was k and near their means, and the next shift.
+    shift was k and near their means, and the next shift, which lanes hold exactly; all in float64.
     """
     count, mean, m2, near, near_s, near_q, k = books
     # Compared without a division, at the end of which the next block would have to wait.
@@ -224,7 +233,7 @@ def _add_block(x, residual, at, g, runs, width, mask, mask_at, books, n, s, q, c
         return count, mean, m2, near + n, near_s + s, near_q + q, k
     count, mean, m2, block_mean = _add_far(x, residual, at, g, runs, width, mask, mask_at, books, n, s, q, centred)
     # Not the mean so far: an outlier spoils one shift, not all that follow.
-    return count, mean, m2, 0.0, 0.0, 0.0, lane(x, block_mean)
+    return count, mean, m2, 0.0, 0.0, 0.0, np.float64(lane(x, block_mean))
 
 
 @inlined
@@ -234,9 +243,35 @@ def _close_books(books, centred):
     return _merge_near(count, mean, m2, near, near_s, near_q, k, centred)
 
 
+@inlined
+def _books(held, i):
+    """Return the books of the `i`-th group."""
+    at = _BOOKS * i
+    merged = load(held, at), load(held, at + 1), load(held, at + 2)
+    return (*merged, load(held, at + 3), load(held, at + 4), load(held, at + 5), load(held, at + 6))
+
+
+@inlined
+def _keep_books(held, i, books):
+    """Keep the books of the `i`-th group."""
+    at = _BOOKS * i
+    count, mean, m2, near, near_s, near_q, k = books
+    store(held, at, count)
+    store(held, at + 1, mean)
+    store(held, at + 2, m2)
+    store(held, at + 3, near)
+    store(held, at + 4, near_s)
+    store(held, at + 5, near_q)
+    store(held, at + 6, k)
+
+
 @scalar
-def _chunk_moments(x, residual, mask, g, k0, k1, chunk, centred):
-    """Return (count, mean, M2) of one chunk of the group (k0, k1)."""
+def _sum_chunk(x, residual, mask, g, k0, k1, n, chunk, held, centred):
+    """Write to `held` the books of one chunk of `n` groups of one k0, from k1 on.
+
+    Run by run of all of them, as they lie in memory: where each run of 12 KB is 3 MB from the group's next, batch norm
+    in training (64, 256, 56, 56) takes 25.3 ms group by group on Zen 4, and 16.3 so (`launch.TOGETHER_RUN`).
+    """
     r_start = j_start = 0
     if g.chunks > 1:
         r_start = (chunk // g.across) * g.chunk_runs
@@ -245,56 +280,56 @@ def _chunk_moments(x, residual, mask, g, k0, k1, chunk, centred):
     j_stop = min(j_start + g.chunk_width, g.R1)
     start = g.x_start + k0 * g.x_K0 + k1 * g.x_K1
     mask_start = g.mask_start + k0 * g.mask_K0 + k1 * g.mask_K1
-    k = _first_shift(x, residual, start + r_start * g.x_R0 + j_start, j_stop - j_start, centred)
-    books = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, k)
+    for i in range(n):
+        first = start + i * g.x_K1 + r_start * g.x_R0 + j_start
+        k = _first_shift(x, residual, first, j_stop - j_start, centred)
+        _keep_books(held, i, (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, np.float64(k)))
     for r in range(r_start, r_stop, g.block_runs):
         runs = min(g.block_runs, r_stop - r)
-        for j in range(j_start, j_stop, BLOCK):
-            width = min(BLOCK, j_stop - j)
-            at = start + r * g.x_R0 + j
-            mask_at = mask_start + r * g.mask_R0 + j * g.mask_R1
-            seen = 0
-            s = q = no_lanes(x)
-            shift = all_lanes(s, books[6])
-            for t in range(runs):
-                run = at + t * g.x_R0
-                if mask is None:
-                    s, q = _sweep(x, residual, run, width, shift, s, q, g.ahead)
-                    seen += width
-                else:
-                    m = mask_at + t * g.mask_R0
-                    if g.mask_R1 != 0:
-                        s, q, n = _sweep_marked(x, residual, run, width, shift, s, q, mask, m)
-                        seen += n
-                    elif counts(mask, m):
+        for i in range(n):
+            books = _books(held, i)
+            for j in range(j_start, j_stop, BLOCK):
+                width = min(BLOCK, j_stop - j)
+                at = start + i * g.x_K1 + r * g.x_R0 + j
+                mask_at = mask_start + i * g.mask_K1 + r * g.mask_R0 + j * g.mask_R1
+                seen = 0
+                s = q = no_lanes(x)
+                shift = all_lanes(s, lane(x, books[6]))
+                for t in range(runs):
+                    run = at + t * g.x_R0
+                    if mask is None:
                         s, q = _sweep(x, residual, run, width, shift, s, q, g.ahead)
                         seen += width
-            if seen > 0:
-                block_s, block_q, n = sum_of_lanes(s), sum_of_lanes(q), np.float64(seen)
-                books = _add_block(x, residual, at, g, runs, width, mask, mask_at, books, n, block_s, block_q, centred)
-    return _close_books(books, centred)
+                    else:
+                        m = mask_at + t * g.mask_R0
+                        if g.mask_R1 != 0:
+                            s, q, marked = _sweep_marked(x, residual, run, width, shift, s, q, mask, m)
+                            seen += marked
+                        elif counts(mask, m):
+                            s, q = _sweep(x, residual, run, width, shift, s, q, g.ahead)
+                            seen += width
+                if seen > 0:
+                    of = sum_of_lanes(s), sum_of_lanes(q), np.float64(seen)
+                    books = _add_block(
+                        x, residual, at, g, runs, width, mask, mask_at, books, of[2], of[0], of[1], centred
+                    )
+            _keep_books(held, i, books)
 
 
 @inlined
-def _group_moments(x, residual, mask, g, k0, k1, centred):
-    """Return (count, mean, M2) of the group (k0, k1)."""
-    if mask is None and g.R0 == 1 and g.R1 <= BLOCK:  # one block: the same without the books of blocks and chunks
-        at = g.x_start + k0 * g.x_K0 + k1 * g.x_K1
-        k = _first_shift(x, residual, at, g.R1, centred)
-        no = no_lanes(x)
-        s, q = _sweep(x, residual, at, g.R1, all_lanes(no, k), no, no, g.ahead)
-        n = np.float64(g.R1)
-        mean, m2, trusted = settle(n, sum_of_lanes(s), sum_of_lanes(q), np.float64(k), centred)
-        if not trusted:
-            mean, m2 = _exact_moments(  # without constants, for which Numba would compile it anew
-                x, residual, at, g.x_R0, g.R0, g.R1, mask, g.mask_start, g.mask_R0, g.mask_R1, centred
-            )
-        return n, mean, m2
-    count = mean = m2 = 0.0
-    for chunk in range(g.chunks):
-        n, chunk_mean, chunk_m2 = _chunk_moments(x, residual, mask, g, k0, k1, chunk, centred)
-        count, mean, m2 = merge(count, mean, m2, n, chunk_mean, chunk_m2)
-    return count, mean, m2
+def _block_moments(x, residual, mask, g, k0, k1, centred):
+    """Return (count, mean, M2) of a group that is one block: the same without the books of blocks and chunks."""
+    at = g.x_start + k0 * g.x_K0 + k1 * g.x_K1
+    k = _first_shift(x, residual, at, g.R1, centred)
+    no = no_lanes(x)
+    s, q = _sweep(x, residual, at, g.R1, all_lanes(no, k), no, no, g.ahead)
+    n = np.float64(g.R1)
+    mean, m2, trusted = settle(n, sum_of_lanes(s), sum_of_lanes(q), np.float64(k), centred)
+    if not trusted:
+        mean, m2 = _exact_moments(  # without constants, for which Numba would compile it anew
+            x, residual, at, g.x_R0, g.R0, g.R1, mask, g.mask_start, g.mask_R0, g.mask_R1, centred
+        )
+    return n, mean, m2
 
 
 @inlined
@@ -330,7 +365,7 @@ def _write_part(x, residual, total, y, weight, bias, places, i, b, part, hi, gai
 
 
 @inlined
-def _write(x, residual, total, y, weight, bias, places, b, n, hi, gain, shift, past, edge, carry):
+def _write(x, residual, total, y, weight, bias, places, b, n, hi, gain, shift, g, edge, carry):
     """Write `n` neighbours of one affine map to `y` from `b` on; return what `edge` holds now.
 
     ``places = (a, t, channel)`` tells where they begin in x and residual, in total, and in weight and bias.
@@ -344,7 +379,8 @@ def _write(x, residual, total, y, weight, bias, places, b, n, hi, gain, shift, p
     """
     step = width_of(hi)
     after, held = carry
-    stream = past != 0 and n >= 2 * step
+    past = g.stream != 0
+    stream = past and n >= 2 * step
     if weight is None and step <= n <= 2 * step:  # two vectors that overlap, both read before one is written
         end = n - step
         apart = n < step  # never; Numba would compile `_whole` anew for a constant
@@ -357,7 +393,7 @@ def _write(x, residual, total, y, weight, bias, places, b, n, hi, gain, shift, p
     head = 0
     if joins:
         head = step - held
-    elif past != 0 or n >= HEAD_FROM:
+    elif past or n >= HEAD_FROM:
         head = min(until_line(y, b), n)
     stop = n - (n - head) % step
     if head > 0:
@@ -372,7 +408,8 @@ def _write(x, residual, total, y, weight, bias, places, b, n, hi, gain, shift, p
         both = stream and until_line(total, places[1] + head) == 0
     if stream:
         for i in range(head, stop, step):
-            prefetch(hi, x, places[0] + i + AHEAD)
+            if g.ahead_out != 0:
+                prefetch(hi, x, places[0] + i + g.ahead_out)
             stream_lanes(_whole(x, residual, total, weight, bias, places, i, hi, gain, shift, both), y, b + i)
     else:
         for i in range(head, stop, step):
@@ -454,7 +491,7 @@ def _normalize(x, residual, total, y, weight, bias, g, run, k1, j, width, mean, 
             n = min(width - done, g.size - channel)
             places = (x_start + done, flat + done, channel)
             b = y_start + done
-            carry = _write(x, residual, total, y, weight, bias, places, b, n, hi, gain, shift, g.stream, edge, carry)
+            carry = _write(x, residual, total, y, weight, bias, places, b, n, hi, gain, shift, g, edge, carry)
             done += n
         return carry
     hi = all_lanes(no_lanes(x), lane(x, mean))
@@ -467,7 +504,7 @@ def _normalize(x, residual, total, y, weight, bias, g, run, k1, j, width, mean, 
         of = of + 1 if of + 1 < g.size else np.int64(0)
         places = (x_start + done, flat + done, np.int64(0))
         b = y_start + done
-        carry = _write(x, residual, total, y, None, None, places, b, n, hi, gain, shift, g.stream, edge, carry)
+        carry = _write(x, residual, total, y, None, None, places, b, n, hi, gain, shift, g, edge, carry)
         done += n
     return carry
 
@@ -480,9 +517,9 @@ def _add_run(x, residual, total, g, k0, r0, k1):
     no = no_lanes(x)
     for i in range(0, g.R1, width_of(no)):
         part = g.R1 - i
-        if g.ahead != 0:
-            prefetch(no, x, start + i + AHEAD)
-            prefetch(no, residual, start + i + AHEAD)
+        if g.ahead_out != 0:
+            prefetch(no, x, start + i + g.ahead_out)
+            prefetch(no, residual, start + i + g.ahead_out)
         store_some(load_some(no, x, start + i, part) + load_some(no, residual, start + i, part), total, flat + i, part)
 
 
@@ -549,7 +586,7 @@ def _stream_pair(x, residual, total, y, weight, bias, g, group, held, edge, carr
 
     Memory reads and writes best by turns: LayerNorm (16384, 4096) takes 30.0 ms where a row is summed, then written,
     and 24.6 so; GroupNorm (64, 256, 56, 56) 21.8 and 17.9. Blocks, shifts and merges, so also all bits, are those of
-    `_chunk_moments`. Both outputs are made before one is stored: weights are read once for two.
+    `_sum_chunk`. Both outputs are made before one is stored: weights are read once for two.
 
     Sums go vector by vector from a group's start, the output from its first whole line: what comes before, and as much
     at the end, is written apart, by `edge` (see `_write`).
@@ -576,12 +613,12 @@ def _stream_pair(x, residual, total, y, weight, bias, g, group, held, edge, carr
         chunk_stop = min(chunk + g.chunk_width, g.R1)
         k_c = _first_shift(x, residual, c + chunk, chunk_stop - chunk, centred)
         k_d = _first_shift(x, residual, d + chunk, chunk_stop - chunk, centred)
-        books_c = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, k_c)
-        books_d = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, k_d)
+        books_c = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, np.float64(k_c))
+        books_d = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, np.float64(k_d))
         for j in range(chunk, chunk_stop, BLOCK):
             width = min(BLOCK, chunk_stop - j)
             s_c = q_c = s_d = q_d = no
-            k_c, k_d = all_lanes(no, books_c[6]), all_lanes(no, books_d[6])
+            around_c, around_d = all_lanes(no, lane(x, books_c[6])), all_lanes(no, lane(x, books_d[6]))
             stop = j + width
             written = stop if head == 0 or stop < g.R1 else stop - step
             i = j
@@ -589,8 +626,8 @@ def _stream_pair(x, residual, total, y, weight, bias, g, group, held, edge, carr
                 part = written
                 if g.inner == 1:
                     for t in range(i, part, step):
-                        s_c, q_c = _sweep_strip(x, residual, c + t, k_c, s_c, q_c, near)
-                        s_d, q_d = _sweep_strip(x, residual, d + t, k_d, s_d, q_d, near)
+                        s_c, q_c = _sweep_strip(x, residual, c + t, around_c, s_c, q_c, near)
+                        s_d, q_d = _sweep_strip(x, residual, d + t, around_d, s_d, q_d, near)
                         v_a = _whole(x, residual, total, weight, bias, from_a, t, hi_a, gain_a, low_a, both)
                         v_b = _whole(x, residual, total, weight, bias, from_b, t, hi_b, gain_b, low_b, both)
                         stream_lanes(v_a, y, y_a + head + t)
@@ -610,16 +647,16 @@ def _stream_pair(x, residual, total, y, weight, bias, g, group, held, edge, carr
                         gain, shift = _channel_map(x, weight, bias, _channel_of(g, flat_b + end), mean_b, rstd_b)
                         gain_b, shift_b = blended(own, gain_b, gain), blended(own, shift_b, shift)
                     for t in range(i, part, step):
-                        s_c, q_c = _sweep_strip(x, residual, c + t, k_c, s_c, q_c, near)
-                        s_d, q_d = _sweep_strip(x, residual, d + t, k_d, s_d, q_d, near)
+                        s_c, q_c = _sweep_strip(x, residual, c + t, around_c, s_c, q_c, near)
+                        s_d, q_d = _sweep_strip(x, residual, d + t, around_d, s_d, q_d, near)
                         v_a = _whole(x, residual, total, None, None, from_a, t, hi_a, gain_a, shift_a, both)
                         v_b = _whole(x, residual, total, None, None, from_b, t, hi_b, gain_b, shift_b, both)
                         stream_lanes(v_a, y, y_a + head + t)
                         stream_lanes(v_b, y, y_b + head + t)
                 i = part
             for i in range(written, stop, step):
-                s_c, q_c = _sweep_strip(x, residual, c + i, k_c, s_c, q_c, near)
-                s_d, q_d = _sweep_strip(x, residual, d + i, k_d, s_d, q_d, near)
+                s_c, q_c = _sweep_strip(x, residual, c + i, around_c, s_c, q_c, near)
+                s_d, q_d = _sweep_strip(x, residual, d + i, around_d, s_d, q_d, near)
             n = np.float64(width)
             sum_c, squares_c = sum_of_lanes(s_c), sum_of_lanes(q_c)
             sum_d, squares_d = sum_of_lanes(s_d), sum_of_lanes(q_d)
@@ -639,6 +676,25 @@ def _hold(held, i, moments):
     store(held, i, mean)
     store(held, UNIT_GROUPS + i, m2)
     store(held, 2 * UNIT_GROUPS + i, count)
+
+
+@inlined
+def _held(held, i):
+    """Return (count, mean, M2) of a unit's `i`-th group."""
+    return load(held, 2 * UNIT_GROUPS + i), load(held, i), load(held, UNIT_GROUPS + i)
+
+
+@scalar
+def _unit_moments(x, residual, mask, g, k0, k1, n, books, held, i, centred):
+    """Put the moments of `n` groups of one k0, from k1 on, where `held` keeps those of a unit's `i`-th and on."""
+    for chunk in range(g.chunks):
+        _sum_chunk(x, residual, mask, g, k0, k1, n, chunk, books, centred)
+        for group in range(n):
+            of = _close_books(_books(books, group), centred)
+            if chunk > 0:
+                so_far = _held(held, i + group)
+                of = merge(so_far[0], so_far[1], so_far[2], of[0], of[1], of[2])
+            _hold(held, i + group, of)
 
 
 @scalar
@@ -668,6 +724,7 @@ def _forward_span(span, x, residual, total, y, mask, weight, bias, stats, geomet
     p_residual, p_total, p_stats = pointer(residual), pointer(total), pointer(stats)
     edge = room(p_y, EDGE)
     held = room(p_stats, _HELD_ROOM)
+    books = room(p_stats, _BOOKS_ROOM)
     any_stats = stats.shape[1] != 0
     carry = (np.int64(0), np.int64(0))
     groups = g.K0 * g.K1
@@ -678,10 +735,17 @@ def _forward_span(span, x, residual, total, y, mask, weight, bias, stats, geomet
     base = first
     while base < stop:
         after = min(base + g.unit_groups, stop)
-        for group in range(base, after):
-            moments = _group_moments(p_x, p_residual, p_mask, g, k0, k1, centred)
-            _hold(held, group - base, moments)
-            k0, k1 = _next_group(g, k0, k1)
+        group = base
+        if mask is None and g.R0 == 1 and g.R1 <= BLOCK:
+            for i in range(after - base):
+                _hold(held, i, _block_moments(p_x, p_residual, p_mask, g, k0, k1, centred))
+                k0, k1 = _next_group(g, k0, k1)
+        else:
+            while group < after:
+                n = min(g.together, after - group, g.K1 - k1)
+                _unit_moments(p_x, p_residual, p_mask, g, k0, k1, n, books, held, group - base, centred)
+                group += n
+                k0, k1 = _next_group(g, k0, k1 + n - 1)
         _settle_unit(held, after - base, p_stats, any_stats, groups, base, eps)
         if pairs is not None:
             while base + 4 <= stop and _is_safe(load(held, UNIT_GROUPS)) and _is_safe(load(held, UNIT_GROUPS + 1)):
@@ -695,15 +759,22 @@ def _forward_span(span, x, residual, total, y, mask, weight, bias, stats, geomet
                 _settle_unit(held, np.int64(2), p_stats, any_stats, groups, base, eps)
                 k0, k1 = after // g.K1, after % g.K1
                 out0, out1 = base // g.K1, base % g.K1
-        for i in range(after - base):
-            mean, rstd = load(held, i), load(held, UNIT_GROUPS + i)
+        i = np.int64(0)
+        while base < after:
+            n = after - base if g.R0 == 1 else min(g.together, after - base, g.K1 - out1)
+            k0_of, k1_of = out0, out1
             for r0 in range(g.R0):
-                run = _run_of(g, out0, r0, out1)
-                carry = _normalize(
-                    p_x, p_residual, p_total, p_y, p_weight, p_bias, g, run, out1, 0, g.R1, mean, rstd, edge, carry
-                )
-            out0, out1 = _next_group(g, out0, out1)
-        base = after
+                k0_of, k1_of = out0, out1
+                for group in range(i, i + n):
+                    mean, rstd = load(held, group), load(held, UNIT_GROUPS + group)
+                    run = _run_of(g, k0_of, r0, k1_of)
+                    carry = _normalize(
+                        p_x, p_residual, p_total, p_y, p_weight, p_bias, g, run, k1_of, 0, g.R1, mean, rstd, edge, carry
+                    )
+                    k0_of, k1_of = _next_group(g, k0_of, k1_of)
+            i += n
+            base += n
+            out0, out1 = k0_of, k1_of
     _write_edge(p_y, edge, carry)
     if g.stream != 0:
         settle_streams()
@@ -731,8 +802,11 @@ def _moments_unit(unit, x, mask, table, geometry, centred):
     g = geometry[0]
     group = unit // g.chunks
     chunk = unit % g.chunks
-    k0 = group // g.K1
-    count, mean, m2 = _chunk_moments(pointer(x), None, pointer(mask), g, k0, group % g.K1, chunk, centred)
+    p_table = pointer(table)
+    books = room(p_table, _BOOKS_ROOM)
+    one = np.int64(1)
+    _sum_chunk(pointer(x), None, pointer(mask), g, group // g.K1, group % g.K1, one, chunk, books, centred)
+    count, mean, m2 = _close_books(_books(books, np.int64(0)), centred)
     table[group, chunk, COUNT] = count
     table[group, chunk, MEAN] = mean
     table[group, chunk, M2] = m2

@@ -94,34 +94,38 @@ def _run_sums(dy, x, weight, dy_at, x_at, first, width, hi, scale, low, ahead):
 
 
 @scalar
-def _chunk_sums(sums, channels, dy, x, weight, g, k0, k1, chunk, mean, rstd):
-    """Sum one chunk of a group: dy and dy * h for each of its channels, or of all, weighted, where weights lie along.
+def _chunk_sums(sums, channels, dy, x, weight, g, k0, k1, n, chunk, means, rstds):
+    """Sum one chunk of `n` groups of one k0, from k1 on, run by run of all of them, as they lie in memory.
 
-    `sums` takes the first sum of every channel, then the second.
+    Of dy and dy * h for each of a group's channels, or of all, weighted, where weights lie along. `sums` takes, a group
+    after the other, the first sum of every channel, then the second.
     """
-    for c in range(2 * channels):
+    for c in range(2 * channels * n):
         store(sums, c, 0.0)
     r_start = (chunk // g.across) * g.chunk_runs
     j_start = (chunk % g.across) * g.chunk_width
     j_stop = min(j_start + g.chunk_width, g.R1)
-    hi, scale, low = map_of(x, mean, rstd)
     for r0 in range(r_start, min(r_start + g.chunk_runs, g.R0)):
-        x_start = g.x_start + k0 * g.x_K0 + r0 * g.x_R0 + k1 * g.x_K1
-        dy_start = g.y_start + k0 * g.y_K0 + r0 * g.y_R0 + k1 * g.y_K1
-        j = j_start
-        while j < j_stop:
-            width = min(j_stop - j, BLOCK)
-            if g.inner == 1:
-                channel = 0
-                first = (k1 * g.R1 + j) % g.size
-                a, b = _run_sums(dy, x, weight, dy_start + j, x_start + j, first, width, hi, scale, low, g.ahead)
-            else:
-                channel = j // g.inner
-                width = min(width, g.inner - j % g.inner)
-                a, b = _run_sums(dy, x, None, dy_start + j, x_start + j, channel, width, hi, scale, low, g.ahead)
-            store(sums, channel, load(sums, channel) + a)
-            store(sums, channels + channel, load(sums, channels + channel) + b)
-            j += width
+        for i in range(n):
+            group = k0 * g.K1 + k1 + i
+            hi, scale, low = map_of(x, at(means, group), at(rstds, group))
+            x_start = g.x_start + k0 * g.x_K0 + r0 * g.x_R0 + (k1 + i) * g.x_K1
+            dy_start = g.y_start + k0 * g.y_K0 + r0 * g.y_R0 + (k1 + i) * g.y_K1
+            j = j_start
+            while j < j_stop:
+                width = min(j_stop - j, BLOCK)
+                to = 2 * channels * i
+                if g.inner == 1:
+                    first = ((k1 + i) * g.R1 + j) % g.size
+                    a, b = _run_sums(dy, x, weight, dy_start + j, x_start + j, first, width, hi, scale, low, g.ahead)
+                else:
+                    channel = j // g.inner if channels > 1 else 0
+                    width = min(width, g.inner - j % g.inner)
+                    a, b = _run_sums(dy, x, None, dy_start + j, x_start + j, channel, width, hi, scale, low, g.ahead)
+                    to += channel
+                store(sums, to, load(sums, to) + a)
+                store(sums, to + channels, load(sums, to + channels) + b)
+                j += width
 
 
 @inlined
@@ -162,7 +166,7 @@ def _emit_stretch(dy, x, dx, mask, weight, starts, width, products, half, values
             dy, x, dx, mask, weight, starts, np.int64(0), head, products, half, values, depends, marked, apart, g
         )
     for i in range(head, stop, step):
-        if stream:
+        if stream and g.ahead != 0:
             prefetch(hi, dy, starts[0] + i + g.ahead)
             prefetch(hi, x, starts[1] + i + g.ahead)
         _emit_strip(dy, x, dx, mask, weight, starts, i, step, products, half, values, depends, marked, stream, g)
@@ -406,14 +410,23 @@ def _stream_pairs(
     return k0
 
 
+@inlined
+def _together(g):
+    """Return how many neighbouring groups a unit takes run by run: one channel each, so K0 is 1, and so are slabs."""
+    return g.together if g.K0 == 1 and g.inner == g.R1 and g.size == g.K1 else np.int64(1)
+
+
 @scalar
 def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradients, geometry, centred):
     """Take the samples of one slab at one k1: sums, then dx, while the group is in the cache."""
     g = geometry[0]
-    k1 = unit % g.K1
-    slab = unit // g.K1
-    slabs = gradients.shape[0]
     along = g.inner == 1
+    together = _together(g)
+    steps = -(-g.K1 // together)
+    k1 = unit % steps * together
+    n = min(together, g.K1 - k1)  # groups that are taken together
+    slab = unit // steps
+    slabs = gradients.shape[0]
     channels = 1 if along else max(1, g.R1 // g.inner)
     first = k1 * g.R1 // g.inner % g.size
     stream = g.stream != 0
@@ -426,9 +439,9 @@ def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradi
     elif plain:  # memory reads and writes best by turns: (65536, 1024) 39.5 ms, 47.5 by units of 2048 elements
         batch = np.int64(1)
     # Sums of a chunk, of all chunks, and means of a batch: one array, not three: 29.4 to 26.5 us for 32 units.
-    scratch = np.empty(4 * channels + 2 * batch)
-    total = 2 * channels
-    means_of = 4 * channels
+    scratch = np.empty(4 * channels * n + 2 * batch * n)
+    total = 2 * channels * n
+    means_of = 4 * channels * n
     half = g.R1 if along else 0
     products = np.zeros(2 * half + 2 * LINE, weight.dtype)
     # Each array below is used, as an array, after the last call that got its pointer: so it is still alive then.
@@ -469,23 +482,26 @@ def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradi
                 x_at = g.x_start + k0 * g.x_K0 + k1 * g.x_K1
                 sum_g, sum_gh = _run_sums(p_dy, p_x, p_weight, dy_at, x_at, np.int64(0), g.R1, hi, scale, low, g.ahead)
             else:
-                for c in range(2 * channels):
+                for c in range(2 * channels * n):
                     store(p_scratch, total + c, 0.0)
                 for chunk in range(g.chunks):
-                    _chunk_sums(p_scratch, channels, p_dy, p_x, p_weight, g, k0, k1, chunk, mean, rstd)
-                    for c in range(2 * channels):
+                    _chunk_sums(p_scratch, channels, p_dy, p_x, p_weight, g, k0, k1, n, chunk, means, rstds)
+                    for c in range(2 * channels * n):
                         store(p_scratch, total + c, load(p_scratch, total + c) + load(p_scratch, c))
                 sum_g, sum_gh = load(p_scratch, total), load(p_scratch, total + channels)
-            if not along:
-                sum_g = sum_gh = 0.0
-                for c in range(channels):
-                    of_g, of_gh = load(p_scratch, total + c), load(p_scratch, total + channels + c)
-                    sum_g += weight[first + c] * of_g
-                    sum_gh += weight[first + c] * of_gh
-                    gradients[slab, 0, first + c] += of_gh
-                    gradients[slab, 1, first + c] += of_g
-            count = at(counts_of, group)
-            _store_averages(p_scratch, means_of + 2 * (k0 - base), sum_g, sum_gh, count, centred)
+            for i in range(n):
+                if not along:
+                    sum_g = sum_gh = 0.0
+                    of = total + 2 * channels * i
+                    for c in range(channels):
+                        of_g, of_gh = load(p_scratch, of + c), load(p_scratch, of + channels + c)
+                        channel = first + i + c  # groups that are taken together have a channel each
+                        sum_g += weight[channel] * of_g
+                        sum_gh += weight[channel] * of_gh
+                        gradients[slab, 0, channel] += of_gh
+                        gradients[slab, 1, channel] += of_g
+                count = at(counts_of, group + i)
+                _store_averages(p_scratch, means_of + 2 * (k0 - base + i), sum_g, sum_gh, count, centred)
         last = min(base + batch, stop)
         k0 = base
         while k0 < last:
@@ -503,30 +519,30 @@ def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradi
                 if (k0 - start) // FLUSH > done // FLUSH:
                     _flush(p_products, p, half, p_gradients, flush_at, size)
                 continue
-            group = k0 * g.K1 + k1
-            mean, rstd = at(means, group), at(rstds, group)
-            mean_g, mean_gh = load(p_scratch, at_means), load(p_scratch, at_means + 1)
             for r0 in range(g.R0):
-                _emit(
-                    p_dy,
-                    p_x,
-                    p_dx,
-                    p_mask,
-                    p_weight,
-                    p_products,
-                    p,
-                    half,
-                    g,
-                    k0,
-                    r0,
-                    k1,
-                    np.int64(0),
-                    g.R1,
-                    mean,
-                    rstd,
-                    mean_g,
-                    mean_gh,
-                )
+                for i in range(n):
+                    group = k0 * g.K1 + k1 + i
+                    mean_g, mean_gh = load(p_scratch, at_means + 2 * i), load(p_scratch, at_means + 2 * i + 1)
+                    _emit(
+                        p_dy,
+                        p_x,
+                        p_dx,
+                        p_mask,
+                        p_weight,
+                        p_products,
+                        p,
+                        half,
+                        g,
+                        k0,
+                        r0,
+                        k1 + i,
+                        np.int64(0),
+                        g.R1,
+                        at(means, group),
+                        at(rstds, group),
+                        mean_g,
+                        mean_gh,
+                    )
             k0 += 1
             if along and (k0 - start) // FLUSH > done // FLUSH:
                 _flush(p_products, p, half, p_gradients, flush_at, size)
@@ -555,7 +571,8 @@ def backward(dy, x, dx, mask, weight, counts_of, means, rstds, slabs, result, ge
     `counts_of`, `means` and `rstds` hold one element a group, or one for all.
     """
     gradients = np.zeros((slabs, 2, result.shape[1]))
-    for unit in prange(slabs * geometry[0].K1):
+    g = geometry[0]
+    for unit in prange(slabs * -(-g.K1 // _together(g))):
         _backward_unit(np.int64(unit), dy, x, dx, mask, weight, counts_of, means, rstds, gradients, geometry, centred)
     add_slabs(gradients, result)
 
@@ -568,8 +585,8 @@ def _sum_unit(unit, dy, x, weight, counts_of, means, rstds, table, geometry):
     k1 = group % g.K1
     chunk = unit % g.chunks
     sums = np.empty(2)
-    mean, rstd = at(means, group), at(rstds, group)
-    _chunk_sums(pointer(sums), 1, pointer(dy), pointer(x), pointer(weight), g, k0, k1, chunk, mean, rstd)
+    one = np.int64(1)
+    _chunk_sums(pointer(sums), one, pointer(dy), pointer(x), pointer(weight), g, k0, k1, one, chunk, means, rstds)
     table[group, chunk, 0] = sums[0]
     table[group, chunk, 1] = sums[1]
 
