@@ -247,7 +247,7 @@ SMALL = {
     "PARALLEL_FROM": 200,
     "PIECE": 256,
     "UNIT": 128,
-    "UNIT_LONG": 400,
+    "UNIT_BYTES": 800,
     "ASKS_AHEAD": True,
     "TOGETHER_RUN": 100,
     "TOGETHER_SIZE": 2000,

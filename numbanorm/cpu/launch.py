@@ -16,8 +16,18 @@ from numba import config
 from ..plan import Placement, Plan
 from .columns import BLOCK_ROWS, TILE
 from .columns import TOGETHER as ROWS_TOGETHER
-from .rows import AHEAD, AHEAD_NEAR, TOGETHER, UNIT_GROUPS
+from .rows import AHEAD, AHEAD_NEAR
+from .sums import TOGETHER, UNIT_GROUPS
 from .welford import BLOCK
+
+ASKS_AHEAD = not get_host_cpu_name().startswith("znver")
+"""Whether rows ask for lines before they read them, and long ones are written by pairs: not on AMD's Zen.
+
+Its own prefetchers do better alone. LayerNorm (65536, 1024) takes 23.5 ms on Zen 4 where sums ask ahead and 16.5 where
+they do not, batch norm in inference (32, 64, 56, 56) 1.33 and 1.08, backward of GroupNorm (64, 256, 56, 56) 28.1 and
+22.6; rows of 4096 22.7 by pairs and 19.9 by four (`UNIT_BYTES`). On an Emerald Rapids Xeon the first takes 26.5 and
+28.5, and rows of 4096 24.6 by pairs and 30.0 one by one. Columns ask on both.
+"""
 
 CHUNK = 16384
 """Elements a chunk of the rows kernel: 64 KiB of float32, small against L2 (1 MiB), large against a launch (2 us)."""
@@ -29,20 +39,12 @@ Enough for the divisions at the end of a narrow group's to overlap ((65536, 64):
 streams go out while others come in ((65536, 1024): 26.4 ms, 27.8 with 8192).
 """
 
-UNIT_LONG = 16384
-"""The same for groups of more than a block past the caches, of which it takes four at most.
+UNIT_BYTES = 4096
+"""The same on Zen for rows past the caches: bytes, a page. Four longer ones are taken, of 64 KiB at most.
 
-On Zen 4 rows of 4096 take 22.6 ms one by one and 21.6 by four, of 2048 27.0 and 20.0; rows of 1024, which are done
-without books of blocks, 16.5 in units of 2048 elements and 18.2 in these.
-"""
-
-ASKS_AHEAD = not get_host_cpu_name().startswith("znver")
-"""Whether rows ask for lines before they read them, and long ones are written by pairs: not on AMD's Zen.
-
-Its own prefetchers do better alone. LayerNorm (65536, 1024) takes 23.5 ms on Zen 4 where sums ask ahead and 16.5 where
-they do not, batch norm in inference (32, 64, 56, 56) 1.33 and 1.08, backward of GroupNorm (64, 256, 56, 56) 28.1 and
-22.6; rows of 4096 22.7 by pairs and 19.9 by four (`UNIT_LONG`). On an Emerald Rapids Xeon the first takes 26.5 and
-28.5, and rows of 4096 24.6 by pairs and 30.0 one by one. Columns ask on both.
+On Zen 4 LayerNorm (65536, 1024) takes 14.3 ms one by one and 17.6 by two, with bfloat16 13.5 and 12.8; with float64
+(65536, 512) 15.1 one by one and 16.3 by two, (65536, 1024) 52.9 one by one and 36.1 by four. Rows of 4096 in float32
+take 22.6 one by one and 21.6 by four, of 2048 27.0 and 20.0.
 """
 
 TOGETHER_RUN = 25088
@@ -69,6 +71,9 @@ TILE_BYTES = 512 * 1024
 
 PIECE = 1 << 17
 """Elements of a tile that are written with the same parameters: (4096, 256) takes 409 us with 32 Ki, 387 with these."""
+
+ROWS_UP_TO = 1024
+"""Longest rows that are written by rows (`rows._write_rows`)."""
 
 PAIRS_UP_TO = 1 << 17
 """Longest groups of which two are written beside the sums of the next two: four take 2 MiB of float32, as L2 has.
@@ -97,7 +102,7 @@ TABLE_BYTES = 1 << 20
 _FIELDS = """
     K0 R0 K1 R1 inner size
     x_start x_K0 x_R0 x_K1 y_start y_K0 y_R0 y_K1 mask_start mask_K0 mask_R0 mask_K1 mask_R1
-    unit_groups together span_groups span_pieces ahead ahead_out stream pairs
+    unit_groups unit_bytes together span_groups span_pieces ahead ahead_out stream pairs by_rows
     rows lanes tail tile block_rows chunk_rows chunk_runs chunk_width across chunks block_runs piece_runs piece_chunks
 """
 
@@ -160,8 +165,10 @@ def _rows(g: np.void, size: int) -> None:
         g["unit_groups"] = g["together"] = max(1, several)
     elif g["stream"] and ASKS_AHEAD and _pairs(g):
         g["pairs"], g["unit_groups"] = 1, 2
-    elif g["stream"] and r1 > BLOCK:
-        g["unit_groups"] = max(1, min(4, UNIT_LONG // r1))
+    elif g["stream"] and not ASKS_AHEAD:
+        g["unit_bytes"] = UNIT_BYTES
+    packed = r0 == g["K1"] == 1 and (g["K0"] == 1 or g["y_K0"] == r1)
+    g["by_rows"] = packed and g["inner"] == 1 and g["size"] == r1 and r1 % STRIP == 0 and r1 <= ROWS_UP_TO
     span = (size // SPANS if g["stream"] else SPAN) // group
     g["span_groups"] = max(g["together"], span // g["together"] * g["together"])
     g["span_pieces"] = max(1, size // (CHUNK * SPANS)) if g["stream"] else 1
