@@ -532,6 +532,7 @@ def _forward_span(span, x, residual, total, y, mask, weight, bias, stats, geomet
         if by_rows and _are_safe(held, after - base):
             _write_rows(p_x, p_y, p_weight, p_bias, g, base, after - base, held)
             base = after
+            out0, out1 = k0, k1
         while base < after:
             n = after - base if g.R0 == 1 else min(g.together, after - base, g.K1 - out1)
             k0_of, k1_of = out0, out1

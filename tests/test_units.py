@@ -1,0 +1,61 @@
+"""Rows unit by unit: the bits of each row alone, whatever lies beside it and wherever the output begins."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import numbanorm as nn
+
+RNG = np.random.default_rng(11)
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+SHAPES = [(33_001, 64), (2_201, 1024), (4_111, 512), (701, 3072), (300, 96), (77, 128), (19, 768), (33_001, 72)]
+
+
+def begin_at(shape: tuple[int, ...], dtype: np.dtype, offset: int) -> np.ndarray:
+    """Return an array that begins `offset` bytes into a cache line."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(size + 128, np.uint8)
+    start = -raw.ctypes.data % 64 + offset
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def awkward(shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
+    """Draw rows of which some are constant, tiny, huge, far from where they begin, or not finite."""
+    x = RNG.standard_normal(shape, np.float32) + 3
+    for row in (0, 3, shape[0] // 2):
+        x[row] = 7
+        x[row + 1] *= 1e-30
+        x[row + 2] *= 1e30
+        x[row + 3, 20:] += 1e4
+        x[row + 5, 1] = np.inf
+    return x.astype(dtype)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+@pytest.mark.parametrize("eps", [1e-5, 0.0])
+@pytest.mark.parametrize("dtype", [np.dtype(np.float32), np.dtype(np.float64), BFLOAT16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_each_row_has_the_bits_that_it_has_alone(shape: tuple[int, int], dtype: np.dtype, eps: float) -> None:
+    x = awkward(shape, dtype)
+    size = shape[1]
+    weight, bias = RNG.standard_normal((2, size)).astype(dtype)
+    results = []
+    for offset in (0, 16):
+        out = begin_at(shape, dtype, offset)
+        results.append(nn.layer_norm(x, size, weight, bias, eps=eps, out=out, return_stats=True))
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
+    for row in {*range(9), shape[0] // 2 + 4, *range(0, shape[0], 997), shape[0] - 1}:
+        alone = nn.layer_norm(x[row], size, weight, bias, eps=eps, return_stats=True)
+        for a, b in zip(results[0], alone, strict=True):
+            np.testing.assert_array_equal(a[row].view(np.uint8), b.view(np.uint8))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rms_of_rows_that_lie_apart(shape: tuple[int, int]) -> None:
+    wide = awkward((shape[0], shape[1] + 8), np.dtype(np.float32))
+    x = wide[:, : shape[1]]
+    weight = RNG.standard_normal(shape[1], np.float32)
+    np.testing.assert_array_equal(nn.rms_norm(x, shape[1], weight), nn.rms_norm(x.copy(), shape[1], weight))
