@@ -31,7 +31,7 @@ from .lanes import (
     until_line,
     width_of,
 )
-from .rows import AHEAD, FLOAT32_SAFE
+from .rows import FLOAT32_SAFE
 from .welford import HUGE, POOR, PREFIX, TINY, merge, rstd_of, shift_of
 
 TILE = 512
@@ -301,7 +301,7 @@ def _strip(like, x, at, count, params, i):
 
 
 @scalar
-def _write_packed(params, x, y, x_at, y_at, lanes, n, stream):
+def _write_packed(params, x, y, x_at, y_at, lanes, n, stream, ahead):
     """Write `n` neighbours, whose lanes come round again and again: whole vectors from the first cache line of `y` on.
 
     Row by row, each would have a part of a vector at both ends, and where the output goes past the caches such a part
@@ -331,8 +331,8 @@ def _write_packed(params, x, y, x_at, y_at, lanes, n, stream):
     stop = n - (n - head) % step
     at = 0
     for i in range(head, stop, step):
-        if stream:
-            prefetch(no, x, x_at + i + AHEAD)
+        if stream and ahead != 0:
+            prefetch(no, x, x_at + i + ahead)
         d = load_lanes(no, x, x_at + i) - load_lanes(no, turned, at)
         v = fused(d, load_lanes(no, turned, _TURNED + at), load_lanes(no, turned, 2 * _TURNED + at))
         if stream:
@@ -413,7 +413,7 @@ def _write_tile(x, y, weight, bias, stats, g, k0, first, width, chunk_start, chu
     if unsafe_count == 0 and not by_row and width == g.lanes == g.x_R0 == g.y_R0:
         x_at = g.x_start + k0 * g.x_K0 + r_start * width
         y_at = g.y_start + k0 * g.y_K0 + r_start * width
-        _write_packed(params, x, y, x_at, y_at, width, (r_stop - r_start) * width + tail, g.stream != 0)
+        _write_packed(params, x, y, x_at, y_at, width, (r_stop - r_start) * width + tail, g.stream != 0, g.ahead_out)
         return
     no = no_lanes(x)
     stop = r_stop + (1 if tail > 0 else 0)
