@@ -75,3 +75,21 @@ def test_backward(shape: tuple[int, ...], dtype: np.dtype, masked: bool) -> None
         np.testing.assert_array_equal(got[0][:, of].view(np.uint8), alone[0].view(np.uint8))
         for a, b in zip(got[1:], alone[1:], strict=True):
             np.testing.assert_array_equal(a[of], b)
+
+
+@pytest.mark.parametrize("dtype", [np.dtype(np.float32), np.dtype(np.float64), BFLOAT16], ids=str)
+@pytest.mark.parametrize("run", [(3, 11), (7, 7), (8, 8), (5, 13)])
+def test_short_runs_in_inference(run: tuple[int, int], dtype: np.dtype) -> None:
+    """Runs of a channel that are two vectors long at most: as sample by sample, also with a channel beyond float32."""
+    x = awkward((6, 40, *run), dtype)
+    mean, weight, bias = RNG.standard_normal((3, 40))
+    variance = RNG.random(40) + 0.5
+    for beyond in (1.0, 1e-70):
+        variance[7] = beyond
+        y = nn.batch_norm(x, mean, variance, weight, bias, eps=0.0)
+        for sample in range(6):
+            alone = nn.batch_norm(x[sample : sample + 1], mean, variance, weight, bias, eps=0.0)
+            np.testing.assert_array_equal(y[sample].view(np.uint8), alone[0].view(np.uint8))
+        in_place = x.copy()
+        nn.batch_norm(in_place, mean, variance, weight, bias, eps=0.0, out=in_place)
+        np.testing.assert_array_equal(in_place.view(np.uint8), y.view(np.uint8))

@@ -632,14 +632,65 @@ def _apply_piece(piece, x, y, weight, bias, stats, g, edge, carry):
 
 
 @scalar
-def _apply_span(span, x, y, weight, bias, stats, geometry):
+def _channel_maps(x, weight, bias, stats, g):
+    """Return (hi, gain, shift) of all channels, one array after the other, for `_apply_short`; nothing where one fails.
+
+    Each channel comes once a sample: (8, 2048, 7, 7) takes 177 us on Zen 4 where its map is made for each run, which is
+    then written as runs of any length are, and 107 so.
+    """
+    p_x = pointer(x)
+    step = width_of(no_lanes(p_x))
+    channels = g.K1 if g.channel_runs != 0 and step <= g.R1 <= 2 * step else 0
+    maps = np.empty(3 * channels, weight.dtype)
+    for channel in range(channels):
+        mean, rstd = stats[MEAN, channel], stats[RSTD, channel]
+        if not _is_safe(rstd):
+            return np.empty(0, weight.dtype)
+        hi = lane(p_x, mean)
+        gain = lane(p_x, rstd) * weight[channel]
+        maps[channel] = hi
+        maps[channels + channel] = gain
+        maps[2 * channels + channel] = shift_of(bias[channel], lane(p_x, mean - np.float64(hi)), gain)
+    return maps
+
+
+@scalar
+def _apply_short(piece, x, y, maps, g):
+    """Normalize some runs of a channel each, as two vectors that overlap."""
+    no = no_lanes(x)
+    first = piece * g.piece_runs
+    left = min(g.piece_runs, g.R0 * g.K1 - first)
+    r0, k1 = first // g.K1, first % g.K1
+    end = g.R1 - width_of(no)
+    while left > 0:
+        a, b, _ = _run_of(g, np.int64(0), r0, k1)
+        for channel in range(k1, min(g.K1, k1 + left)):
+            hi = all_lanes(no, load(maps, channel))
+            gain, shift = all_lanes(no, load(maps, g.K1 + channel)), all_lanes(no, load(maps, 2 * g.K1 + channel))
+            # Both read before one is written: they may be the same array.
+            v, w = load_lanes(no, x, a), load_lanes(no, x, a + end)
+            store_lanes(fused(v - hi, gain, shift), y, b)
+            store_lanes(fused(w - hi, gain, shift), y, b + end)
+            a += g.x_K1
+            b += g.y_K1
+        left -= g.K1 - k1
+        k1 = np.int64(0)
+        r0 += 1
+
+
+@scalar
+def _apply_span(span, x, y, weight, bias, stats, maps, geometry):
     g = geometry[0]
     pieces = -(-(g.K0 * g.R0 * g.K1) // g.piece_runs) * g.across
     p_x, p_y, p_weight, p_bias, p_stats = pointer(x), pointer(y), pointer(weight), pointer(bias), pointer(stats)
     edge = room(p_y, EDGE)
     carry = (np.int64(0), np.int64(0))
+    p_maps = pointer(maps)
     for piece in range(span * g.span_pieces, min((span + 1) * g.span_pieces, pieces)):
-        carry = _apply_piece(piece, p_x, p_y, p_weight, p_bias, p_stats, g, edge, carry)
+        if maps.shape[0] != 0:
+            _apply_short(piece, p_x, p_y, p_maps, g)
+        else:
+            carry = _apply_piece(piece, p_x, p_y, p_weight, p_bias, p_stats, g, edge, carry)
     _write_edge(p_y, edge, carry)
     if g.stream != 0:
         settle_streams()
@@ -650,8 +701,9 @@ def apply(x, y, weight, bias, stats, geometry):
     """Normalize with given statistics, piece by piece in the order of memory."""
     g = geometry[0]
     pieces = -(-(g.K0 * g.R0 * g.K1) // g.piece_runs) * g.across
+    maps = _channel_maps(x, weight, bias, stats, g)
     for span in prange(-(-pieces // g.span_pieces)):
-        _apply_span(np.int64(span), x, y, weight, bias, stats, geometry)
+        _apply_span(np.int64(span), x, y, weight, bias, stats, maps, geometry)
 
 
 @Kernel
