@@ -75,6 +75,13 @@ LayerNorm (16384, 4096) takes 24.6 ms, 25.3 with 384, 26.2 with 768 and 24.4 wit
 18.6 and 18.1.
 """
 
+WHOLE_BYTES = 512
+"""Longest rows that go into the caches, in whole vectors, where they should go past them but begin inside a line.
+
+Into NumPy's memory, 16 bytes into a line, LayerNorm (65536, 64) takes 8.4 ms by way of an edge on Zen 4 and 1.6 so,
+(32768, 128) 4.4 and 1.3; (65536, 512) 8.2 and 12.9.
+"""
+
 EDGE = 32
 """Elements that may wait for the start of the next run: as many as the widest lanes hold."""
 
@@ -452,7 +459,7 @@ def _unit_groups(x, g):
 
 
 @inlined
-def _write_rows(x, y, weight, bias, g, base, n, held):
+def _write_rows(x, y, weight, bias, g, base, n, held, stream):
     """Write a unit's `n` rows, all of whole lanes, with weights along them.
 
     `_write`, which takes runs of any length from anywhere, has 150 instructions a run: LayerNorm (65536, 64) takes
@@ -460,7 +467,6 @@ def _write_rows(x, y, weight, bias, g, base, n, held):
     """
     step = width_of(no_lanes(x))
     a, b = g.x_start + base * g.x_K0, g.y_start + base * g.R1
-    stream = g.stream != 0
     for i in range(n):
         hi, gain, shift = map_of(x, load(held, i), load(held, UNIT_GROUPS + i))
         places = (a, b, np.int64(0))
@@ -497,9 +503,8 @@ def _forward_span(span, x, residual, total, y, mask, weight, bias, stats, geomet
     k0, k1 = first // g.K1, first % g.K1
     out0, out1 = k0, k1
     base = first
-    # Elsewhere each row's head goes apart (`HEAD_FROM`).
-    in_lines = until_line(p_y, g.y_start) == 0 or (g.stream == 0 and g.R1 < HEAD_FROM)
-    by_rows = mask is None and total is None and g.by_rows != 0 and in_lines
+    in_lines = until_line(p_y, g.y_start) == 0
+    by_rows = mask is None and total is None and g.by_rows != 0 and (in_lines or g.R1 * y.itemsize <= WHOLE_BYTES)
     unit = _unit_groups(x, g)
     while base < stop:
         after = min(base + unit, stop)
@@ -530,7 +535,7 @@ def _forward_span(span, x, residual, total, y, mask, weight, bias, stats, geomet
                 out0, out1 = base // g.K1, base % g.K1
         i = np.int64(0)
         if by_rows and _are_safe(held, after - base):
-            _write_rows(p_x, p_y, p_weight, p_bias, g, base, after - base, held)
+            _write_rows(p_x, p_y, p_weight, p_bias, g, base, after - base, held, g.stream != 0 and in_lines)
             base = after
             out0, out1 = k0, k1
         while base < after:
