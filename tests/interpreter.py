@@ -184,10 +184,9 @@ class _Geometry(types.SimpleNamespace):
         return getattr(self, name)
 
 
-def _geometry(plan: Any, affine: bool) -> list[_Geometry]:
-    return [
-        _Geometry(**{name: int(record[name]) for name in record.dtype.names}) for record in _true_geometry(plan, affine)
-    ]
+def _geometry(plan: Any, affine: bool, itemsize: int = 4) -> list[_Geometry]:
+    records = _true_geometry(plan, affine, itemsize)
+    return [_Geometry(**{name: int(record[name]) for name in record.dtype.names}) for record in records]
 
 
 def _compiled(function: Callable[..., None], *, parallel: bool) -> Callable[..., None]:

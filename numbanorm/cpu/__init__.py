@@ -82,7 +82,7 @@ def forward(
     """
     layout = plan.layout
     centred = layout.centred
-    geo = geometry(plan, weight is not None or bias is not None)
+    geo = geometry(plan, weight is not None or bias is not None, x.itemsize)
     weight, bias = _affine(plan, x, weight, bias)
     x, y = kernel_view(x), kernel_view(y)
     threads = _threads(plan)
@@ -144,7 +144,7 @@ class Settled:
         layout = plan.layout
         self._columns = plan.columns
         self._centred = layout.centred
-        self._geometry = geometry(plan, affine)
+        self._geometry = geometry(plan, affine, form.result.itemsize)
         size = layout.size if affine else 1
         self._one, self._zero = _constant(size, form.lane, 1), _constant(size, form.lane, 0)
         self._shape = (4, layout.groups)

@@ -108,7 +108,7 @@ TABLE_BYTES = 1 << 20
 _FIELDS = """
     K0 R0 K1 R1 inner size
     x_start x_K0 x_R0 x_K1 y_start y_K0 y_R0 y_K1 mask_start mask_K0 mask_R0 mask_K1 mask_R1
-    unit_groups unit_bytes together span_groups span_pieces ahead ahead_out stream pairs by_rows channel_runs
+    unit_groups together span_groups span_pieces ahead ahead_out stream pairs by_rows channel_runs
     rows lanes tail tile block_rows chunk_rows chunk_runs chunk_width across chunks block_runs piece_runs piece_chunks
 """
 
@@ -117,10 +117,10 @@ GEOMETRY = np.dtype([(name, np.int64) for name in _FIELDS.split()], align=True)
 
 
 @lru_cache(maxsize=4096)
-def geometry(plan: Plan, affine: bool) -> np.ndarray:
+def geometry(plan: Plan, affine: bool, itemsize: int = 4) -> np.ndarray:
     """Return the geometry of a plan's kernel call; without `affine` every element uses weight 0.
 
-    The first record reads ``plan.x``, the second the packed sum of input and residual.
+    The first record reads ``plan.x``, the second the packed sum of input and residual. `itemsize` is the input's.
     """
     layout = plan.layout
     both = np.zeros(2, GEOMETRY)
@@ -142,7 +142,7 @@ def geometry(plan: Plan, affine: bool) -> np.ndarray:
             folds = layout.inner * layout.size <= layout.view[2] * layout.view[3]
             _columns(g, plan.size, folds and (plan.mask is None or mask.strides == plan.packed.strides))
         else:
-            _rows(g, plan.size)
+            _rows(g, plan.size, itemsize)
     return both
 
 
@@ -152,7 +152,7 @@ def _write(g: np.void, prefix: str, placement: Placement) -> None:
         g[f"{prefix}_{name}"] = stride
 
 
-def _rows(g: np.void, size: int) -> None:
+def _rows(g: np.void, size: int, itemsize: int) -> None:
     """Cut groups into chunks of about CHUNK elements: parts of a run, or whole runs."""
     r0, r1 = int(g["R0"]), int(g["R1"])
     runs = max(1, CHUNK // max(r1, 1))
@@ -172,7 +172,9 @@ def _rows(g: np.void, size: int) -> None:
     elif g["stream"] and ASKS_AHEAD and _pairs(g):
         g["pairs"], g["unit_groups"] = 1, 2
     elif g["stream"] and not ASKS_AHEAD:
-        g["unit_bytes"] = UNIT_BYTES
+        row = r1 * itemsize
+        few = max(1, min(4, 16 * UNIT_BYTES // row))
+        g["unit_groups"] = min(UNIT_BYTES // row, UNIT_GROUPS) if row <= UNIT_BYTES else few
     packed = r0 == g["K1"] == 1 and (g["K0"] == 1 or g["y_K0"] == r1)
     g["by_rows"] = packed and g["inner"] == 1 and g["size"] == r1 and r1 % STRIP == 0 and r1 <= ROWS_UP_TO
     g["channel_runs"] = g["K0"] == 1 < r0 and g["inner"] == r1 and g["size"] == g["K1"]

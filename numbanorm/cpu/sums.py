@@ -290,31 +290,6 @@ def sum_block(x, residual, g, k0, k1, held, i, centred):
     store(held, 2 * UNIT_GROUPS + i, np.float64(k))
 
 
-@scalar
-def settle_blocks(x, residual, mask, g, base, n, held, centred):
-    """Put the moments of a unit's `n` groups in the place of their sums: one loop, in vectors, and few exceptions."""
-    count = np.float64(g.R1)
-    all_trusted = True
-    for i in range(n):
-        s, q, k = load(held, i), load(held, UNIT_GROUPS + i), load(held, 2 * UNIT_GROUPS + i)
-        mean, m2, trusted = settle(count, s, q, k, centred)
-        store(held, i, mean)
-        store(held, UNIT_GROUPS + i, m2)
-        store(held, 2 * UNIT_GROUPS + i, count if trusted else 0.0)
-        all_trusted &= trusted
-    if all_trusted:
-        return
-    for i in range(n):
-        if load(held, 2 * UNIT_GROUPS + i) == 0.0:
-            at = g.x_start + (base + i) // g.K1 * g.x_K0 + (base + i) % g.K1 * g.x_K1
-            mean, m2 = _exact_moments(  # without constants, for which Numba would compile it anew
-                x, residual, at, g.x_R0, g.R0, g.R1, mask, g.mask_start, g.mask_R0, g.mask_R1, centred
-            )
-            store(held, i, mean)
-            store(held, UNIT_GROUPS + i, m2)
-            store(held, 2 * UNIT_GROUPS + i, count)
-
-
 @inlined
 def hold(held, i, moments):
     """Keep the moments of a unit's `i`-th group."""
@@ -341,3 +316,26 @@ def unit_moments(x, residual, mask, g, k0, k1, n, books, held, i, centred):
                 so_far = _held(held, i + group)
                 of = merge(so_far[0], so_far[1], so_far[2], of[0], of[1], of[2])
             hold(held, i + group, of)
+
+
+@scalar
+def settle_blocks(x, residual, mask, g, base, n, books, held, centred):
+    """Put the moments of a unit's `n` groups in the place of their sums, in vectors.
+
+    Those that are not to be trusted are taken once more, each as a group of chunks.
+    """
+    count = np.float64(g.R1)
+    all_trusted = True
+    for i in range(n):
+        s, q, k = load(held, i), load(held, UNIT_GROUPS + i), load(held, 2 * UNIT_GROUPS + i)
+        mean, m2, trusted = settle(count, s, q, k, centred)
+        store(held, i, mean)
+        store(held, UNIT_GROUPS + i, m2)
+        store(held, 2 * UNIT_GROUPS + i, count if trusted else 0.0)
+        all_trusted &= trusted
+    if not all_trusted:
+        one = np.int64(1)
+        for i in range(n):
+            if load(held, 2 * UNIT_GROUPS + i) == 0.0:
+                group = base + i
+                unit_moments(x, residual, mask, g, group // g.K1, group % g.K1, one, books, held, i, centred)
