@@ -97,7 +97,7 @@ def _call(norm: str, dtype: np.dtype[Any], samples: int, last: bool, backward: b
     layer.eval()(x)
     if norm == "batch" or last:
         return
-    # Long groups past the caches have a kernel of their own (`cpu.rows.forward`, pairs).
+    # Long groups past the caches have a kernel of their own on CPUs that write them by pairs (`cpu.rows.forward`).
     long = np.zeros((1024, 2048) if norm in ("layer", "rms") else (128, _CHANNELS, 48, 48), dtype)
     with serial() if samples == _SMALL else nullcontext():
         _layer(norm, 2048)(long)

@@ -99,8 +99,8 @@ def forward(
     if residual is not None and total is not None:
         sums = kernel_view(residual), kernel_view(total)
     if together:
-        pairs = True if mask is None and geo[0]["pairs"] else None
-        _run(rows.forward, threads, x, *sums, y, mask, weight, bias, stats, geo, eps, centred, pairs)
+        ways = _ways(geo, mask is None)
+        _run(rows.forward, threads, x, *sums, y, mask, weight, bias, stats, geo, eps, centred, *ways)
         return stats
     if residual is not None:
         _run(rows.add, threads, x, *sums, geo)
@@ -134,9 +134,9 @@ class Settled:
         "_geometry",
         "_given",
         "_one",
-        "_pairs",
         "_record",
         "_shape",
+        "_ways",
         "_zero",
     )
 
@@ -155,7 +155,7 @@ class Settled:
         self._adding = _Compiled(kernels.forward)
         self._apply = _Compiled(kernels.apply)
         self._given = _Compiled(rows.given)
-        self._pairs = True if self._geometry[0]["pairs"] else None
+        self._ways = _ways(self._geometry, True)
 
     def forward(
         self,
@@ -179,13 +179,35 @@ class Settled:
             self._forward.run(x, y, None, weight, bias, stats, self._geometry, eps, self._centred)
         elif residual is None:
             self._forward.run(
-                x, None, None, y, None, weight, bias, stats, self._geometry, eps, self._centred, self._pairs
+                x,
+                None,
+                None,
+                y,
+                None,
+                weight,
+                bias,
+                stats,
+                self._geometry,
+                eps,
+                self._centred,
+                *self._ways,
             )
         else:
             if record is not None:
                 residual, total = residual.view(record), total.view(record)
             self._adding.run(
-                x, residual, total, y, None, weight, bias, stats, self._geometry, eps, self._centred, self._pairs
+                x,
+                residual,
+                total,
+                y,
+                None,
+                weight,
+                bias,
+                stats,
+                self._geometry,
+                eps,
+                self._centred,
+                *self._ways,
             )
         return stats
 
@@ -243,6 +265,12 @@ class SettledBackward:
             dy, x, dx, None, weight, self._count, mean, rstd, self._slabs, result, self._geometry, self._centred
         )
         return result
+
+
+def _ways(geo: np.ndarray, whole: bool) -> tuple[bool | None, bool | None, bool | None]:
+    """Return `pairs`, `blocks` and `chunks` as the rows kernel takes them; `whole`: without a mask."""
+    blocks = whole and bool(geo[0]["blocks"])
+    return True if whole and geo[0]["pairs"] else None, True if blocks else None, None if blocks else True
 
 
 def _is_long(plan: Plan) -> bool:

@@ -1,4 +1,4 @@
-"""Launch choices of the CPU kernels, from shapes alone: chunks, tiles, folds, and when threads pay.
+"""Launch choices of the CPU kernels, from shapes and the CPU: chunks, tiles, folds, and when threads pay.
 
 Chunks decide the order of merging, so they may depend on the shape of a group but never on the number of threads, nor
 on how many groups came along.
@@ -108,7 +108,7 @@ TABLE_BYTES = 1 << 20
 _FIELDS = """
     K0 R0 K1 R1 inner size
     x_start x_K0 x_R0 x_K1 y_start y_K0 y_R0 y_K1 mask_start mask_K0 mask_R0 mask_K1 mask_R1
-    unit_groups together span_groups span_pieces ahead ahead_out stream pairs by_rows channel_runs
+    unit_groups together span_groups span_pieces ahead ahead_out stream pairs blocks by_rows channel_runs
     rows lanes tail tile block_rows chunk_rows chunk_runs chunk_width across chunks block_runs piece_runs piece_chunks
 """
 
@@ -175,6 +175,7 @@ def _rows(g: np.void, size: int, itemsize: int) -> None:
         row = r1 * itemsize
         few = max(1, min(4, 16 * UNIT_BYTES // row))
         g["unit_groups"] = min(UNIT_BYTES // row, UNIT_GROUPS) if row <= UNIT_BYTES else few
+    g["blocks"] = r0 == 1 and r1 <= BLOCK
     packed = r0 == g["K1"] == 1 and (g["K0"] == 1 or g["y_K0"] == r1)
     g["by_rows"] = packed and g["inner"] == 1 and g["size"] == r1 and r1 % STRIP == 0 and r1 <= ROWS_UP_TO
     g["channel_runs"] = g["K0"] == 1 < r0 and g["inner"] == r1 and g["size"] == g["K1"]

@@ -50,7 +50,7 @@ from .sums import (
     sweep_strip,
     unit_moments,
 )
-from .welford import BLOCK, merge, rstd_of, shift_of
+from .welford import BLOCK, least, merge, rstd_of, shift_of
 
 FLOAT32_SAFE = 1e30
 """Groups whose rstd is outside 1/FLOAT32_SAFE to FLOAT32_SAFE are written in float64: float32 would overflow."""
@@ -108,7 +108,7 @@ def _whole(x, residual, total, weight, bias, places, i, hi, gain, shift, stream)
     return _affine(v, weight, bias, channel + i, width_of(v), hi, gain, shift)
 
 
-@inlined
+@scalar
 def _write_part(x, residual, total, y, weight, bias, places, i, b, part, hi, gain, shift):
     """Write fewer elements than there are lanes, at `b` of `y`, and their sums."""
     a, t, channel = places
@@ -148,7 +148,7 @@ def _write(x, residual, total, y, weight, bias, places, b, n, hi, gain, shift, g
     if joins:
         head = step - held
     elif past or n >= HEAD_FROM:
-        head = min(until_line(y, b), n)
+        head = least(until_line(y, b), n)
     stop = n - (n - head) % step
     if head > 0:
         to = edge if joins else y
@@ -242,7 +242,7 @@ def _normalize(x, residual, total, y, weight, bias, g, run, k1, j, width, mean, 
         hi, gain, shift = map_of(x, mean, rstd)
         while done < width:
             channel = j if g.size == g.R1 else (flat + done) % g.size
-            n = min(width - done, g.size - channel)
+            n = least(width - done, g.size - channel)
             places = (x_start + done, flat + done, channel)
             b = y_start + done
             carry = _write(x, residual, total, y, weight, bias, places, b, n, hi, gain, shift, g, edge, carry)
@@ -252,7 +252,7 @@ def _normalize(x, residual, total, y, weight, bias, g, run, k1, j, width, mean, 
     # Counted on, not divided: (8, 2048, 7, 7) in 32 groups 366 to 333 us.
     of, within = (k1, j) if g.inner == g.R1 and g.size == g.K1 else (_channel_of(g, flat), flat % g.inner)
     while done < width:
-        n = min(width - done, g.inner - within)
+        n = least(width - done, g.inner - within)
         gain, shift = _channel_map(x, weight, bias, of, mean, rstd)
         within = np.int64(0)
         of = of + 1 if of + 1 < g.size else np.int64(0)
@@ -364,13 +364,13 @@ def _stream_pair(x, residual, total, y, weight, bias, g, group, held, edge, carr
     from_a, from_b = (a + head, flat_a + head, head), (b + head, flat_b + head, head)
     of_c = of_d = (0.0, 0.0, 0.0)
     for chunk in range(0, g.R1, g.chunk_width):
-        chunk_stop = min(chunk + g.chunk_width, g.R1)
+        chunk_stop = least(chunk + g.chunk_width, g.R1)
         k_c = first_shift(x, residual, c + chunk, chunk_stop - chunk, centred)
         k_d = first_shift(x, residual, d + chunk, chunk_stop - chunk, centred)
         books_c = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, np.float64(k_c))
         books_d = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, np.float64(k_d))
         for j in range(chunk, chunk_stop, BLOCK):
-            width = min(BLOCK, chunk_stop - j)
+            width = least(BLOCK, chunk_stop - j)
             s_c = q_c = s_d = q_d = no
             around_c, around_d = all_lanes(no, lane(x, books_c[6])), all_lanes(no, lane(x, books_d[6]))
             stop = j + width
@@ -391,9 +391,9 @@ def _stream_pair(x, residual, total, y, weight, bias, g, group, held, edge, carr
                     gain_a, shift_a = _channel_map(x, weight, bias, _channel_of(g, flat_a + i), mean_a, rstd_a)
                     gain_b, shift_b = _channel_map(x, weight, bias, _channel_of(g, flat_b + i), mean_b, rstd_b)
                     if head == 0 or end >= g.R1:
-                        part = min(part, end)
+                        part = least(part, end)
                     elif i < end - step:
-                        part = min(part, end - step)
+                        part = least(part, end - step)
                     else:
                         part = end
                         gain, shift = _channel_map(x, weight, bias, _channel_of(g, flat_a + end), mean_a, rstd_a)
@@ -466,7 +466,9 @@ def _write_rows(x, y, weight, bias, g, base, n, held, stream):
 
 
 @scalar
-def _forward_span(span, x, residual, total, y, mask, weight, bias, stats, geometry, eps, centred, pairs):
+def _forward_span(
+    span, x, residual, total, y, mask, weight, bias, stats, geometry, eps, centred, pairs, blocks, chunks
+):
     """Take some groups, unit by unit: statistics of a unit's groups, then their output, while they are in the cache.
 
     A group's statistics end in a chain of divisions; those of the next do not wait for it, its own output would. A
@@ -482,23 +484,21 @@ def _forward_span(span, x, residual, total, y, mask, weight, bias, stats, geomet
     carry = (np.int64(0), np.int64(0))
     groups = g.K0 * g.K1
     first = span * g.span_groups
-    stop = min(first + g.span_groups, groups)
+    stop = least(first + g.span_groups, groups)
     k0, k1 = first // g.K1, first % g.K1
     out0, out1 = k0, k1
     base = first
-    in_lines = until_line(p_y, g.y_start) == 0
-    by_rows = mask is None and total is None and g.by_rows != 0 and (in_lines or g.R1 * y.itemsize <= WHOLE_BYTES)
     while base < stop:
-        after = min(base + g.unit_groups, stop)
+        after = least(base + g.unit_groups, stop)
         group = base
-        if mask is None and g.R0 == 1 and g.R1 <= BLOCK:
+        if blocks is not None:
             for i in range(after - base):
                 sum_block(p_x, p_residual, g, k0, k1, held, i, centred)
                 k0, k1 = _next_group(g, k0, k1)
-            settle_blocks(p_x, p_residual, p_mask, g, base, after - base, books, held, centred)
-        else:
+            settle_blocks(p_x, p_residual, g, base, after - base, held, centred)
+        if chunks is not None:
             while group < after:
-                n = min(g.together, min(after - group, g.K1 - k1))
+                n = least(g.together, least(after - group, g.K1 - k1))
                 unit_moments(p_x, p_residual, p_mask, g, k0, k1, n, books, held, group - base, centred)
                 group += n
                 k0, k1 = _next_group(g, k0, k1 + n - 1)
@@ -516,12 +516,14 @@ def _forward_span(span, x, residual, total, y, mask, weight, bias, stats, geomet
                 k0, k1 = after // g.K1, after % g.K1
                 out0, out1 = base // g.K1, base % g.K1
         i = np.int64(0)
-        if by_rows and safe:
-            _write_rows(p_x, p_y, p_weight, p_bias, g, base, after - base, held, g.stream != 0 and in_lines)
-            base = after
-            out0, out1 = k0, k1
+        if blocks is not None and total is None:
+            in_lines = until_line(p_y, g.y_start) == 0
+            if safe and g.by_rows != 0 and (in_lines or g.R1 * y.itemsize <= WHOLE_BYTES):
+                _write_rows(p_x, p_y, p_weight, p_bias, g, base, after - base, held, g.stream != 0 and in_lines)
+                base = after
+                out0, out1 = k0, k1
         while base < after:
-            n = after - base if g.R0 == 1 else min(g.together, min(after - base, g.K1 - out1))
+            n = after - base if g.R0 == 1 else least(g.together, least(after - base, g.K1 - out1))
             k0_of, k1_of = out0, out1
             for r0 in range(g.R0):
                 k0_of, k1_of = out0, out1
@@ -541,7 +543,7 @@ def _forward_span(span, x, residual, total, y, mask, weight, bias, stats, geomet
 
 
 @Kernel
-def forward(x, residual, total, y, mask, weight, bias, stats, geometry, eps, centred, pairs):
+def forward(x, residual, total, y, mask, weight, bias, stats, geometry, eps, centred, pairs, blocks, chunks):
     """Normalize group by group: statistics, then output, while the group is in the cache.
 
     `stats` has a column for each group, or none where nobody wants them.
@@ -549,12 +551,29 @@ def forward(x, residual, total, y, mask, weight, bias, stats, geometry, eps, cen
     With `residual`, which lies as `x` does, x + residual is normalized in place of `x`, and written to `total`, packed,
     beside the output: to write it before its statistics would cost a fetch of its lines.
 
-    `pairs` is None, or True where the geometry says so: then two groups are written beside the statistics of the next
-    two (`_stream_pair`). The type tells, so that all other arrays do without what takes 0.8 s longer to compile.
+    `pairs`, `blocks` and `chunks` are None, or True where the geometry says so: two groups are written beside the
+    statistics of the next two (`_stream_pair`); each group is a block of its own, or chunks of blocks. The type tells,
+    so that a first call does not wait for what other arrays take: 0.8 s for pairs, 0.3 for blocks and for chunks.
     """
     g = geometry[0]
     for span in prange(-(-(g.K0 * g.K1) // g.span_groups)):
-        _forward_span(np.int64(span), x, residual, total, y, mask, weight, bias, stats, geometry, eps, centred, pairs)
+        _forward_span(
+            np.int64(span),
+            x,
+            residual,
+            total,
+            y,
+            mask,
+            weight,
+            bias,
+            stats,
+            geometry,
+            eps,
+            centred,
+            pairs,
+            blocks,
+            chunks,
+        )
 
 
 @scalar
@@ -595,13 +614,13 @@ def _apply_piece(piece, x, y, weight, bias, stats, g, edge, carry):
     """Normalize some runs, or a part of one, with given statistics."""
     first = piece // g.across * g.piece_runs
     j = piece % g.across * g.chunk_width
-    width = min(g.chunk_width, g.R1 - j)
+    width = least(g.chunk_width, g.R1 - j)
     groups = g.K0 * g.K1
     k1 = first % g.K1
     r0 = first // g.K1 % g.R0
     k0 = first // (g.K1 * g.R0)
     run = _run_of(g, k0, r0, k1)
-    for _ in range(min(g.piece_runs, g.K0 * g.R0 * g.K1 - first)):
+    for _ in range(least(g.piece_runs, g.K0 * g.R0 * g.K1 - first)):
         group = k0 * g.K1 + k1
         mean = load(stats, MEAN * groups + group)
         rstd = load(stats, RSTD * groups + group)
@@ -646,12 +665,12 @@ def _apply_short(piece, x, y, maps, g):
     """Normalize some runs of a channel each, as two vectors that overlap."""
     no = no_lanes(x)
     first = piece * g.piece_runs
-    left = min(g.piece_runs, g.R0 * g.K1 - first)
+    left = least(g.piece_runs, g.R0 * g.K1 - first)
     r0, k1 = first // g.K1, first % g.K1
     end = g.R1 - width_of(no)
     while left > 0:
         a, b, _ = _run_of(g, np.int64(0), r0, k1)
-        for channel in range(k1, min(g.K1, k1 + left)):
+        for channel in range(k1, least(g.K1, k1 + left)):
             hi = all_lanes(no, load(maps, channel))
             gain, shift = all_lanes(no, load(maps, g.K1 + channel)), all_lanes(no, load(maps, 2 * g.K1 + channel))
             # Both read before one is written: they may be the same array.
@@ -673,7 +692,7 @@ def _apply_span(span, x, y, weight, bias, stats, maps, geometry):
     edge = room(p_y, EDGE)
     carry = (np.int64(0), np.int64(0))
     p_maps = pointer(maps)
-    for piece in range(span * g.span_pieces, min((span + 1) * g.span_pieces, pieces)):
+    for piece in range(span * g.span_pieces, least((span + 1) * g.span_pieces, pieces)):
         if maps.shape[0] != 0:
             _apply_short(piece, p_x, p_y, p_maps, g)
         else:

@@ -26,7 +26,7 @@ from .lanes import (
     sum_of_lanes,
     width_of,
 )
-from .welford import BLOCK, HUGE, PREFIX, TINY, merge, settle
+from .welford import BLOCK, HUGE, PREFIX, TINY, least, merge, settle
 
 UNIT_GROUPS = 512
 """Groups a unit at most: a thread holds their moments, 12 KiB."""
@@ -154,7 +154,7 @@ def first_shift(x, residual, at, width, centred):
     """Return the mean of the first elements of a run."""
     if not centred:
         return lane(x, 0.0)
-    prefix = min(PREFIX, width)
+    prefix = least(PREFIX, width)
     # In lanes' own type, and without a division: what follows waits for it.
     return lane(x, sum_of_lanes(read_part(no_lanes(x), x, residual, at, prefix))) * lane(x, 1.0 / prefix)
 
@@ -238,8 +238,8 @@ def sum_chunk(x, residual, mask, g, k0, k1, n, chunk, held, centred):
     if g.chunks > 1:
         r_start = (chunk // g.across) * g.chunk_runs
         j_start = (chunk % g.across) * g.chunk_width
-    r_stop = min(r_start + g.chunk_runs, g.R0)
-    j_stop = min(j_start + g.chunk_width, g.R1)
+    r_stop = least(r_start + g.chunk_runs, g.R0)
+    j_stop = least(j_start + g.chunk_width, g.R1)
     start = g.x_start + k0 * g.x_K0 + k1 * g.x_K1
     mask_start = g.mask_start + k0 * g.mask_K0 + k1 * g.mask_K1
     for i in range(n):
@@ -247,11 +247,11 @@ def sum_chunk(x, residual, mask, g, k0, k1, n, chunk, held, centred):
         k = first_shift(x, residual, first, j_stop - j_start, centred)
         _keep_books(held, i, (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, np.float64(k)))
     for r in range(r_start, r_stop, g.block_runs):
-        runs = min(g.block_runs, r_stop - r)
+        runs = least(g.block_runs, r_stop - r)
         for i in range(n):
             books = books_of(held, i)
             for j in range(j_start, j_stop, BLOCK):
-                width = min(BLOCK, j_stop - j)
+                width = least(BLOCK, j_stop - j)
                 at = start + i * g.x_K1 + r * g.x_R0 + j
                 mask_at = mask_start + i * g.mask_K1 + r * g.mask_R0 + j * g.mask_R1
                 seen = 0
@@ -319,11 +319,8 @@ def unit_moments(x, residual, mask, g, k0, k1, n, books, held, i, centred):
 
 
 @scalar
-def settle_blocks(x, residual, mask, g, base, n, books, held, centred):
-    """Put the moments of a unit's `n` groups in the place of their sums, in vectors.
-
-    Those that are not to be trusted are taken once more, each as a group of chunks.
-    """
+def settle_blocks(x, residual, g, base, n, held, centred):
+    """Put the moments of a unit's `n` groups, each one block, in the place of their sums: in vectors, but for a few."""
     count = np.float64(g.R1)
     all_trusted = True
     for i in range(n):
@@ -334,8 +331,10 @@ def settle_blocks(x, residual, mask, g, base, n, books, held, centred):
         store(held, 2 * UNIT_GROUPS + i, count if trusted else 0.0)
         all_trusted &= trusted
     if not all_trusted:
-        one = np.int64(1)
         for i in range(n):
             if load(held, 2 * UNIT_GROUPS + i) == 0.0:
-                group = base + i
-                unit_moments(x, residual, mask, g, group // g.K1, group % g.K1, one, books, held, i, centred)
+                at = g.x_start + (base + i) // g.K1 * g.x_K0 + (base + i) % g.K1 * g.x_K1
+                mean, m2 = _exact_moments(  # without constants, for which Numba would compile it anew
+                    x, residual, at, g.x_R0, g.R0, g.R1, None, g.mask_start, g.mask_R0, g.mask_R1, centred
+                )
+                hold(held, i, (count, mean, m2))
