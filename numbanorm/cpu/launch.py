@@ -167,7 +167,7 @@ def _rows(g: np.void, size: int, itemsize: int) -> None:
     g["unit_groups"] = max(1, min(UNIT // group, UNIT_GROUPS))
     if r0 > 1:
         most = max(UNIT, TOGETHER_SIZE) if size >= AHEAD_FROM and g["x_K1"] == r1 else UNIT
-        several = min(-(-TOGETHER_RUN // r1), most // group, int(g["K1"]) // SHARES, TOGETHER)
+        several = min(-(-TOGETHER_RUN // r1), most // group, int(g["K0"] * g["K1"]) // SHARES, int(g["K1"]), TOGETHER)
         g["unit_groups"] = g["together"] = max(1, several)
     elif g["stream"] and ASKS_AHEAD and _pairs(g):
         g["pairs"], g["unit_groups"] = 1, 2

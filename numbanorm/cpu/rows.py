@@ -240,12 +240,13 @@ def _normalize(x, residual, total, y, weight, bias, g, run, k1, j, width, mean, 
     done = 0
     if g.inner == 1:
         hi, gain, shift = map_of(x, mean, rstd)
+        channel = k1 * g.R1 + j if g.size == g.K1 * g.R1 else flat % g.size
         while done < width:
-            channel = j if g.size == g.R1 else (flat + done) % g.size
             n = least(width - done, g.size - channel)
             places = (x_start + done, flat + done, channel)
             b = y_start + done
             carry = _write(x, residual, total, y, weight, bias, places, b, n, hi, gain, shift, g, edge, carry)
+            channel = np.int64(0)
             done += n
         return carry
     hi = all_lanes(no_lanes(x), lane(x, mean))
