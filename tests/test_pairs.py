@@ -154,4 +154,4 @@ def test_zen_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "ASKS_AHEAD", False)
     made = plan("layer", (None, None, (1,)), (2048, 2048), ((8192, 4), 4))
     g = launch.geometry(made, True)[0]
-    assert (g["pairs"], g["ahead"], g["ahead_out"], g["unit_groups"]) == (0, 0, 0, 4)
+    assert (g["pairs"], g["ahead"], g["ahead_out"], g["unit_groups"]) == (0, 0, 0, 8)
