@@ -29,7 +29,6 @@ MUTATIONS = [
     ("cpu/rows.py", "return y_at + g.R1, rest", "return y_at, rest"),
     ("cpu/rows.py", "written = stop if head == 0 or stop < g.R1 else stop - step", "written = stop"),
     ("cpu/sums.py", "at = start + i * g.x_K1 + r * g.x_R0 + j", "at = start + r * g.x_R0 + j"),
-    ("cpu/sums.py", "mask_start + i * g.mask_K1 + r", "mask_start + r"),
     ("cpu/rows_backward.py", "channel = first + i + c", "channel = first + c"),
     ("cpu/columns.py", "_EXACT = 0, 3 * TILE, 6 * TILE, 9 * TILE", "_EXACT = 0, 3 * TILE, 6 * TILE, 8 * TILE"),
     ("cpu/columns.py", "shift_of(offset, mean - np.float64(hi), gain)", "shift_of(offset, 0.0, gain)"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -33,6 +35,13 @@ def together(shape: tuple[int, ...]) -> int:
     return int(launch.geometry(made, True)[0]["together"])
 
 
+def draw_mask(shape: tuple[int, ...], masked: str) -> Any:
+    """Draw a mask for all channels, or for each."""
+    if not masked:
+        return None
+    return RNG.random(shape if masked == "each channel" else (shape[0], 1, *shape[2:])) < 0.7
+
+
 def few(shape: tuple[int, ...]) -> list[slice]:
     """Return channels that come two or three at a time: too few to share among threads, so each by itself."""
     return [slice(c, min(c + 3, shape[1])) for c in range(0, shape[1] - 1, 5)]
@@ -44,34 +53,36 @@ def test_the_launch_takes_several(shape: tuple[int, ...]) -> None:
     assert all(together((shape[0], of.stop - of.start, *shape[2:])) == 1 for of in few(shape))
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", ["", "all channels", "each channel"])
 @pytest.mark.parametrize("dtype", [np.dtype(np.float32), BFLOAT16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_forward(shape: tuple[int, ...], dtype: np.dtype, masked: bool) -> None:
+def test_forward(shape: tuple[int, ...], dtype: np.dtype, masked: str) -> None:
     x = awkward(shape, dtype)
     weight, bias = RNG.standard_normal((2, shape[1]), np.float32)
-    mask = RNG.random((shape[0], 1, *shape[2:])) < 0.7 if masked else None
+    mask = draw_mask(shape, masked)
     got = nn.batch_norm(x, None, None, weight, bias, training=True, mask=mask, return_stats=True)
     for of in few(shape):
         part = np.ascontiguousarray(x[:, of])
-        alone = nn.batch_norm(part, None, None, weight[of], bias[of], training=True, mask=mask, return_stats=True)
+        some = mask[:, of] if masked == "each channel" else mask
+        alone = nn.batch_norm(part, None, None, weight[of], bias[of], training=True, mask=some, return_stats=True)
         np.testing.assert_array_equal(got[0][:, of].view(np.uint8), alone[0].view(np.uint8))
         for a, b in zip(got[1:], alone[1:], strict=True):
             np.testing.assert_array_equal(a[of], b)
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", ["", "all channels", "each channel"])
 @pytest.mark.parametrize("dtype", [np.dtype(np.float32), BFLOAT16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_backward(shape: tuple[int, ...], dtype: np.dtype, masked: bool) -> None:
+def test_backward(shape: tuple[int, ...], dtype: np.dtype, masked: str) -> None:
     x, dy = awkward(shape, dtype), RNG.standard_normal(shape, np.float32).astype(dtype)
     weight = RNG.standard_normal(shape[1], np.float32)
-    mask = RNG.random((shape[0], 1, *shape[2:])) < 0.7 if masked else None
+    mask = draw_mask(shape, masked)
     _, mean, rstd = nn.batch_norm(x, training=True, mask=mask, return_stats=True)
     got = nn.batch_norm_backward(dy, x, mean, rstd, weight, mask=mask)
     for of in few(shape):
         parts = [np.ascontiguousarray(array[:, of]) for array in (dy, x)]
-        alone = nn.batch_norm_backward(*parts, mean[of], rstd[of], weight[of], mask=mask)
+        some = mask[:, of] if masked == "each channel" else mask
+        alone = nn.batch_norm_backward(*parts, mean[of], rstd[of], weight[of], mask=some)
         np.testing.assert_array_equal(got[0][:, of].view(np.uint8), alone[0].view(np.uint8))
         for a, b in zip(got[1:], alone[1:], strict=True):
             np.testing.assert_array_equal(a[of], b)
