@@ -177,37 +177,12 @@ class Settled:
         bias = self._zero if bias is None else bias.ravel() if self._flattens else bias
         if self._columns:
             self._forward.run(x, y, None, weight, bias, stats, self._geometry, eps, self._centred)
-        elif residual is None:
-            self._forward.run(
-                x,
-                None,
-                None,
-                y,
-                None,
-                weight,
-                bias,
-                stats,
-                self._geometry,
-                eps,
-                self._centred,
-                *self._ways,
-            )
         else:
-            if record is not None:
+            if residual is not None and record is not None:
                 residual, total = residual.view(record), total.view(record)
-            self._adding.run(
-                x,
-                residual,
-                total,
-                y,
-                None,
-                weight,
-                bias,
-                stats,
-                self._geometry,
-                eps,
-                self._centred,
-                *self._ways,
+            kernel = self._forward if residual is None else self._adding
+            kernel.run(
+                x, residual, total, y, None, weight, bias, stats, self._geometry, eps, self._centred, *self._ways
             )
         return stats
 
