@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numba
@@ -11,6 +11,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import numbanorm as nn
+from numbanorm import quick
+from numbanorm.cpu import launch
 
 # No deadline: the first example of a dtype compiles kernels for seconds.
 settings.register_profile("default", deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
@@ -33,6 +35,22 @@ def threads(request: pytest.FixtureRequest, _one_thread: None) -> int:
         pytest.skip(f"needs {request.param} threads")
     nn.set_num_threads(request.param)
     return request.param
+
+
+@pytest.fixture
+def launch_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Return what sets choices of the CPU kernels' launch, for one test: as on another machine."""
+    caches = (launch.geometry, quick._look_up, quick._look_up_backward)
+
+    def choose(**choices: Any) -> None:
+        for name, value in choices.items():
+            monkeypatch.setattr(launch, name, value)
+        for cached in caches:
+            cached.cache_clear()
+
+    yield choose
+    for cached in caches:
+        cached.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -30,6 +30,7 @@ MUTATIONS = [
     ("cpu/rows.py", "written = stop if head == 0 or stop < g.R1 else stop - step", "written = stop"),
     ("cpu/sums.py", "at = start + i * g.x_K1 + r * g.x_R0 + j", "at = start + r * g.x_R0 + j"),
     ("cpu/rows_backward.py", "channel = first + i + c", "channel = first + c"),
+    ("cpu/rows.py", "channel = k1 * g.R1 + j if g.size", "channel = j if g.size"),
     ("cpu/columns.py", "_EXACT = 0, 3 * TILE, 6 * TILE, 9 * TILE", "_EXACT = 0, 3 * TILE, 6 * TILE, 8 * TILE"),
     ("cpu/columns.py", "shift_of(offset, mean - np.float64(hi), gain)", "shift_of(offset, 0.0, gain)"),
     ("cpu/columns.py", "first = head % lanes", "first = 0"),

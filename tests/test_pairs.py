@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import ml_dtypes
 import numpy as np
 import pytest
+from placing import begin_at
 
 import numbanorm as nn
-from numbanorm import quick
 from numbanorm.cpu import launch
 from numbanorm.plan import plan
 from numbanorm.pool import POOL
@@ -18,24 +18,9 @@ RNG = np.random.default_rng(7)
 
 
 @pytest.fixture(autouse=True)
-def on_each_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def on_each_cpu(launch_with: Callable[..., None]) -> None:
     """Take pairs on CPUs, too, that do better without."""
-    caches = (launch.geometry, quick._look_up, quick._look_up_backward)
-    monkeypatch.setattr(launch, "ASKS_AHEAD", True)
-    for cached in caches:
-        cached.cache_clear()
-    yield
-    for cached in caches:
-        cached.cache_clear()
-
-
-def begin_at(shape: tuple[int, ...], dtype: object, offset: int) -> np.ndarray:
-    """Return an array that begins `offset` bytes into a cache line."""
-    dtype = np.dtype(dtype)
-    size = int(np.prod(shape)) * dtype.itemsize
-    raw = np.empty(size + 128, np.uint8)
-    start = -raw.ctypes.data % 64 + offset
-    return raw[start : start + size].view(dtype).reshape(shape)
+    launch_with(ASKS_AHEAD=True)
 
 
 def awkward(shape: tuple[int, ...]) -> np.ndarray:
@@ -150,8 +135,8 @@ def test_the_launch_takes_them_so(shape: tuple[int, int]) -> None:
     assert launch.geometry(short, True)[0]["pairs"] == 0
 
 
-def test_zen_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "ASKS_AHEAD", False)
+def test_zen_does_without(launch_with: Callable[..., None]) -> None:
+    launch_with(ASKS_AHEAD=False)
     made = plan("layer", (None, None, (1,)), (2048, 2048), ((8192, 4), 4))
     g = launch.geometry(made, True)[0]
     assert (g["pairs"], g["ahead"], g["ahead_out"], g["unit_groups"]) == (0, 0, 0, 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -15,6 +16,12 @@ from numbanorm.plan import plan
 RNG = np.random.default_rng(5)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 SHAPES = [(6, 40, 37, 41), (70, 40, 11, 13), (5, 40, 7, 200), (90, 65, 7, 7)]
+
+
+@pytest.fixture(autouse=True)
+def for_two_threads(launch_with: Callable[..., None]) -> None:
+    """Share channels as among two threads: among many, these few would be taken one by one."""
+    launch_with(SHARES=8)
 
 
 def awkward(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

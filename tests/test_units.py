@@ -5,20 +5,13 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
+from placing import begin_at
 
 import numbanorm as nn
 
 RNG = np.random.default_rng(11)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 SHAPES = [(33_001, 64), (2_201, 1024), (4_111, 512), (701, 3072), (300, 96), (77, 128), (19, 768), (33_001, 72)]
-
-
-def begin_at(shape: tuple[int, ...], dtype: np.dtype, offset: int) -> np.ndarray:
-    """Return an array that begins `offset` bytes into a cache line."""
-    size = int(np.prod(shape)) * dtype.itemsize
-    raw = np.empty(size + 128, np.uint8)
-    start = -raw.ctypes.data % 64 + offset
-    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def awkward(shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:

@@ -448,7 +448,7 @@ def _settle_unit(held, n, stats, any_stats, groups, base, eps):
 def _write_rows(x, y, weight, bias, g, base, n, held, stream):
     """Write a unit's `n` rows, all of whole lanes, with weights along them.
 
-    `_write`, which takes runs of any length from anywhere, has 150 instructions a run: LayerNorm (65536, 64) takes
+    `_write`, which takes runs of any length from anywhere, has some 150 instructions a run: LayerNorm (65536, 64) takes
     2.07 ms so on Zen 4, and 1.47 by rows, RMSNorm 1.92 and 1.21.
     """
     step = width_of(no_lanes(x))
@@ -554,7 +554,7 @@ def forward(x, residual, total, y, mask, weight, bias, stats, geometry, eps, cen
 
     `pairs`, `blocks` and `chunks` are None, or True where the geometry says so: two groups are written beside the
     statistics of the next two (`_stream_pair`); each group is a block of its own, or chunks of blocks. The type tells,
-    so that a first call does not wait for what other arrays take: 0.8 s for pairs, 0.3 for blocks and for chunks.
+    so that a first call does not wait for what other arrays take: 0.8 s for pairs, 0.7 for chunks, 0.2 for blocks.
     """
     g = geometry[0]
     for span in prange(-(-(g.K0 * g.K1) // g.span_groups)):
@@ -663,7 +663,7 @@ def _channel_maps(x, weight, bias, stats, g):
 
 @scalar
 def _apply_short(piece, x, y, maps, g):
-    """Normalize some runs of a channel each, as two vectors that overlap."""
+    """Normalize some runs, each a channel's and one to two vectors long, as two vectors that overlap."""
     no = no_lanes(x)
     first = piece * g.piece_runs
     left = least(g.piece_runs, g.R0 * g.K1 - first)
