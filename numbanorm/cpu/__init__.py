@@ -90,10 +90,10 @@ def forward(
     stats = _NO_STATS if together and not keep else np.empty((4, layout.groups))
     if plan.columns:
         if threads == 1 or _units(geo) >= threads:
-            _run(columns.forward, threads, x, y, mask, weight, bias, stats, geo, eps, centred)
+            _run(columns.forward, threads, x, y, mask, weight, bias, stats, geo, eps, centred, _by_row(plan, geo))
         else:
             _split_statistics(plan, geo, threads, x, mask, weight, stats, eps, centred)
-            _run(columns.apply, threads, x, y, weight, bias, stats, geo)
+            _run(columns.apply, threads, x, y, weight, bias, stats, geo, _by_row(plan, geo))
         return stats
     sums: tuple[Any, Any] = (None, None)
     if residual is not None and total is not None:
@@ -127,6 +127,7 @@ class Settled:
     __slots__ = (
         "_adding",
         "_apply",
+        "_by_row",
         "_centred",
         "_columns",
         "_flattens",
@@ -156,6 +157,7 @@ class Settled:
         self._apply = _Compiled(kernels.apply)
         self._given = _Compiled(rows.given)
         self._ways = _ways(self._geometry, True)
+        self._by_row = (_by_row(plan, self._geometry),) if plan.columns else ()
 
     def forward(
         self,
@@ -176,7 +178,7 @@ class Settled:
         weight = self._one if weight is None else weight.ravel() if self._flattens else weight
         bias = self._zero if bias is None else bias.ravel() if self._flattens else bias
         if self._columns:
-            self._forward.run(x, y, None, weight, bias, stats, self._geometry, eps, self._centred)
+            self._forward.run(x, y, None, weight, bias, stats, self._geometry, eps, self._centred, *self._by_row)
         else:
             if residual is not None and record is not None:
                 residual, total = residual.view(record), total.view(record)
@@ -197,7 +199,7 @@ class Settled:
         if self._record is not None:
             x, y = x.view(self._record), y.view(self._record)
         w, b = self._one if weight is None else weight, self._zero if bias is None else bias
-        self._apply.run(x, y, w, b, stats, self._geometry)
+        self._apply.run(x, y, w, b, stats, self._geometry, *self._by_row)
 
 
 class SettledBackward:
@@ -261,8 +263,12 @@ def _items(plan: Plan, geo: np.ndarray) -> tuple[int, int]:
     if not plan.columns:
         return k0, k1
     tiles = _units(geo) // k0
-    by_row = plan.layout.inner % int(geo[0]["lanes"]) == 0
-    return (k0 * tiles, 1) if by_row else (k0, tiles)
+    return (k0 * tiles, 1) if _by_row(plan, geo) else (k0, tiles)
+
+
+def _by_row(plan: Plan, geo: np.ndarray) -> bool | None:
+    """Return, as the columns kernel takes it, whether each row of it has one weight: True or None."""
+    return True if plan.layout.inner % int(geo[0]["lanes"]) == 0 else None
 
 
 class _Compiled:
@@ -303,8 +309,11 @@ def apply(
     """Normalize `x` into `y` with given statistics."""
     geo = geometry(plan, weight is not None or bias is not None)
     weight, bias = _affine(plan, x, weight, bias)
-    kernel = columns.apply if plan.columns else rows.apply
-    _run(kernel, _threads(plan), kernel_view(x), kernel_view(y), weight, bias, stats, geo)
+    arguments = (kernel_view(x), kernel_view(y), weight, bias, stats, geo)
+    if plan.columns:
+        _run(columns.apply, _threads(plan), *arguments, _by_row(plan, geo))
+    else:
+        _run(rows.apply, _threads(plan), *arguments)
 
 
 def backward(
@@ -356,9 +365,8 @@ def backward(
     stats = (count, mean, rstd)
     k0, _, k1, _ = layout.view
     if plan.columns:
-        by_row = layout.inner % int(geo[0]["lanes"]) == 0
         tiles = _units(geo) // k0
-        if threads > 1 and not by_row and k0 == 1 and tiles < threads:
+        if threads > 1 and not _by_row(plan, geo) and k0 == 1 and tiles < threads:
             chunks = int(geo[0]["chunks"])
             table = np.zeros((tiles, chunks, 2, int(geo[0]["tile"])))
             total = np.zeros((2, layout.size))

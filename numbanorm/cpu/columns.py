@@ -32,7 +32,7 @@ from .lanes import (
     width_of,
 )
 from .rows import FLOAT32_SAFE
-from .welford import HUGE, POOR, PREFIX, TINY, merge, rstd_of, shift_of
+from .welford import HUGE, POOR, PREFIX, TINY, least, merge, most, rstd_of, shift_of
 
 TILE = 512
 """Lanes a tile: shift, sum, squares and count in float32 take 8 KiB, a tile's moments in float64 12 KiB."""
@@ -72,7 +72,7 @@ def _block_moments(
         store_lanes(no, sums, _SEEN + i)
     whole_rows = 0
     for r in range(0, rows, TOGETHER):
-        together = min(TOGETHER, rows - r)
+        together = least(np.int64(TOGETHER), rows - r)
         for i in range(0, width, step):
             part = width - i
             k = load_lanes(no, sums, _SHIFT + i)
@@ -113,7 +113,7 @@ def _block_moments(
         n = np.float64(whole_rows) if mask is None else np.float64(load(sums, _SEEN + i)) + np.float64(whole_rows)
         block_s = np.float64(load(sums, _SUM + i))
         block_q = np.float64(load(sums, _SQUARES + i))
-        offset = (block_s * (1.0 / n) if mask is None else block_s / max(n, 1.0)) if centred else 0.0
+        offset = (block_s * (1.0 / n) if mask is None else block_s / most(n, 1.0)) if centred else 0.0
         trusted = (block_q > TINY) & (block_q < HUGE) & (block_s * offset <= POOR * block_q)
         good = trusted | (n == 0.0)
         bad += 0 if good else 1
@@ -156,7 +156,7 @@ def _exact_moments(
                 store(moments, _EXACT + _M2 + i, m2 + (d * d if squares == 1 else d))
         if squares == 0:
             for i in range(width):
-                offset = load(moments, _EXACT + _M2 + i) / max(load(moments, into + _N + i), 1.0)
+                offset = load(moments, _EXACT + _M2 + i) / most(load(moments, into + _N + i), 1.0)
                 store(moments, _EXACT + _MEAN + i, load(moments, _EXACT + _N + i) + offset)
                 store(moments, _EXACT + _M2 + i, 0.0)
     for i in range(width):
@@ -190,7 +190,7 @@ def _merge_lanes(moments, into, part, start, stop, mask):
             m2 = load(moments, into + _M2 + i)
             part_m2 = load(moments, part + _M2 + i)
             count = n + m
-            share = m / max(count, 1.0)
+            share = m / most(count, 1.0)
             delta = part_mean - mean
             merged_mean = mean + delta * share
             merged_m2 = m2 + part_m2 + delta * delta * n * share
@@ -213,7 +213,7 @@ def _merge_chunk(moments, mask, tail, width):
 @scalar
 def _tail_of(g, first, width, chunk):
     """Return how many lanes of a tile have one row more: the last chunk takes what does not fill a folded row."""
-    return min(max(g.tail - first, 0), width) if chunk == g.chunks - 1 else 0
+    return least(most(g.tail - first, np.int64(0)), width) if chunk == g.chunks - 1 else 0
 
 
 @scalar
@@ -222,10 +222,10 @@ def _chunk_moments(moments, into, sums, x, mask, g, k0, first, width, chunk, cen
     start = g.x_start + k0 * g.x_K0 + first
     mask_start = g.mask_start + k0 * g.mask_K0 + first * g.mask_R1
     r_start = chunk * g.chunk_rows
-    r_stop = min(r_start + g.chunk_rows, g.rows)
-    prefix = min(PREFIX, r_stop - r_start) if centred else 0
+    r_stop = least(r_start + g.chunk_rows, g.rows)
+    prefix = least(np.int64(PREFIX), r_stop - r_start) if centred else 0
     no = no_lanes(x)
-    share = all_lanes(no, lane(x, 1.0 / max(prefix, 1)))
+    share = all_lanes(no, lane(x, 1.0 / most(prefix, np.int64(1))))
     for i in range(0, width, width_of(no)):
         k = no
         for r in range(prefix):
@@ -235,7 +235,7 @@ def _chunk_moments(moments, into, sums, x, mask, g, k0, first, width, chunk, cen
     tail = _tail_of(g, first, width, chunk)
     for b in range(blocks + (1 if tail > 0 else 0)):
         r = r_start + b * g.block_rows
-        rows = min(g.block_rows, r_stop - r)
+        rows = least(g.block_rows, r_stop - r)
         wide = width
         if b == blocks:
             r, rows, wide = r_stop, 1, tail
@@ -258,12 +258,12 @@ def _chunk_moments(moments, into, sums, x, mask, g, k0, first, width, chunk, cen
 @scalar
 def _close_groups(moments, mask, g, k0, first, width, stats, eps):
     """Merge the lanes of a tile into the statistics of its groups: first those that were folded, all at once."""
-    once = min(width, g.K1 * g.R1)
+    once = least(width, g.K1 * g.R1)
     for copy in range(once, width, once):
         _merge_lanes(moments, np.int64(_TOTAL), _TOTAL + copy, np.int64(0), once, mask)
     groups = g.K0 * g.K1
     a = k0 * g.K1 + first // g.R1
-    b = k0 * g.K1 + min((first + width) // g.R1, g.K1)
+    b = k0 * g.K1 + least((first + width) // g.R1, g.K1)
     for group in range(a, b):
         store(stats, COUNT * groups + group, 0.0)
         store(stats, MEAN * groups + group, 0.0)
@@ -309,11 +309,11 @@ def _write_packed(params, x, y, x_at, y_at, lanes, n, stream, ahead):
     """
     no = no_lanes(x)
     step = width_of(no)
-    head = min(until_line(y, y_at), n)
+    head = least(until_line(y, y_at), n)
     if head > 0:
         i = 0
         while i < head:  # fewer lanes than that come round within the head
-            part = min(head - i, lanes)
+            part = least(head - i, lanes)
             store_part(_strip(no, x, x_at + i, part, params, 0), y, y_at + i, part)
             i += part
     # The parameters in the order in which lanes come from there on, and a vector more.
@@ -361,11 +361,11 @@ def _spread(params, unsafe, x, weight, bias, stats, g, k0, first, width, by_row)
     unsafe_count = 0
     group = k0 * g.K1 + first // g.R1 % g.K1
     left = g.R1
-    channel = 0 if by_row else first // g.inner % g.size
+    channel = 0 if by_row is not None else first // g.inner % g.size
     channel_left = g.inner - first % g.inner
     mean = load(stats, MEAN * groups + group)
     rstd = load(stats, RSTD * groups + group)
-    once = min(width, g.K1 * g.R1)  # further lanes are copies of these, rows side by side
+    once = least(width, g.K1 * g.R1)  # further lanes are copies of these, rows side by side
     for i in range(once):
         if not 1.0 / FLOAT32_SAFE < rstd < FLOAT32_SAFE:
             for j in range(i, width, once):
@@ -374,7 +374,7 @@ def _spread(params, unsafe, x, weight, bias, stats, g, k0, first, width, by_row)
         hi = lane(x, mean)
         store(params, _HI + i, hi)
         gain, offset = rstd, 0.0
-        if not by_row:
+        if by_row is None:
             gain, offset = rstd * load(weight, channel), np.float64(load(bias, channel))
         store(params, _GAIN + i, gain)
         store(params, _OFFSET + i, shift_of(offset, mean - np.float64(hi), gain))
@@ -387,7 +387,7 @@ def _spread(params, unsafe, x, weight, bias, stats, g, k0, first, width, by_row)
             mean = load(stats, MEAN * groups + group)
             rstd = load(stats, RSTD * groups + group)
         channel_left -= 1
-        if channel_left == 0 and not by_row:
+        if channel_left == 0 and by_row is None:
             channel_left = g.inner
             channel = channel + 1 if channel + 1 < g.size else 0
     for i in range(once, width):
@@ -397,9 +397,8 @@ def _spread(params, unsafe, x, weight, bias, stats, g, k0, first, width, by_row)
 
 
 @elementwise
-def _write_tile(x, y, weight, bias, stats, g, k0, first, width, chunk_start, chunk_stop):
+def _write_tile(x, y, weight, bias, stats, g, k0, first, width, chunk_start, chunk_stop, by_row):
     """Normalize chunks of rows of a tile, in lanes; in float64 where float32 overflows."""
-    by_row = g.inner % g.lanes == 0
     params = room(weight, _PARAMS_ROOM)
     unsafe = room(stats, TILE)
     exact = room(stats, _ROWS_ROOM)
@@ -408,9 +407,9 @@ def _write_tile(x, y, weight, bias, stats, g, k0, first, width, chunk_start, chu
     groups = g.K0 * g.K1
     unsafe_count = _spread(params, unsafe, x, weight, bias, stats, g, k0, first, width, by_row)
     r_start = chunk_start * g.chunk_rows
-    r_stop = min(chunk_stop * g.chunk_rows, g.rows)
+    r_stop = least(chunk_stop * g.chunk_rows, g.rows)
     tail = _tail_of(g, first, width, chunk_stop - 1)
-    if unsafe_count == 0 and not by_row and width == g.lanes == g.x_R0 == g.y_R0:
+    if by_row is None and unsafe_count == 0 and width == g.lanes == g.x_R0 == g.y_R0:
         x_at = g.x_start + k0 * g.x_K0 + r_start * width
         y_at = g.y_start + k0 * g.y_K0 + r_start * width
         _write_packed(params, x, y, x_at, y_at, width, (r_stop - r_start) * width + tail, g.stream != 0, g.ahead_out)
@@ -420,10 +419,10 @@ def _write_tile(x, y, weight, bias, stats, g, k0, first, width, chunk_start, chu
     for r in range(r_start, stop, TOGETHER):
         x_at = g.x_start + k0 * g.x_K0 + r * g.x_R0 + first
         y_at = g.y_start + k0 * g.y_K0 + r * g.y_R0 + first
-        together = min(TOGETHER, stop - r)
-        whole = min(together, r_stop - r)
+        together = least(np.int64(TOGETHER), stop - r)
+        whole = least(together, r_stop - r)
         for t in range(together):
-            if by_row:
+            if by_row is not None:
                 channel = (k0 * g.rows + r + t) * g.lanes // g.inner % g.size
                 store(row_gain, t, load(weight, channel))
                 store(row_shift, t, load(bias, channel))
@@ -433,10 +432,10 @@ def _write_tile(x, y, weight, bias, stats, g, k0, first, width, chunk_start, chu
                 if i < (width if t < whole else tail):
                     d = load(x, x_at + t * g.x_R0 + i) - load(stats, MEAN * groups + group)
                     store(exact, t * TILE + u, d * load(stats, RSTD * groups + group))
-        head = min(until_line(y, y_at), width) if g.stream != 0 else 0  # as in `columns_backward`
+        head = least(until_line(y, y_at), width) if g.stream != 0 else 0  # as in `columns_backward`
         i = 0
         while i < width:
-            part = min(width_of(no), width - i)
+            part = least(width_of(no), width - i)
             if i < head:
                 part = head - i
             hi = load_lanes(no, params, _HI + i)
@@ -445,12 +444,12 @@ def _write_tile(x, y, weight, bias, stats, g, k0, first, width, chunk_start, chu
             for t in range(together):
                 a = x_at + t * g.x_R0 + i
                 b = y_at + t * g.y_R0 + i
-                here = part if t < whole else min(part, tail - i)
+                here = part if t < whole else least(part, tail - i)
                 if here == width_of(no):
                     if g.stream != 0:
                         prefetch(no, x, a + TOGETHER * g.x_R0)
                     v = fused(load_lanes(no, x, a) - hi, gain, offset)
-                    if by_row:
+                    if by_row is not None:
                         v = fused(v, all_lanes(no, load(row_gain, t)), all_lanes(no, load(row_shift, t)))
                     if g.stream != 0 and until_line(y, b) == 0:
                         stream_lanes(v, y, b)
@@ -458,7 +457,7 @@ def _write_tile(x, y, weight, bias, stats, g, k0, first, width, chunk_start, chu
                         store_lanes(v, y, b)
                 elif here > 0:
                     v = fused(load_part(no, x, a, here) - hi, gain, offset)
-                    if by_row:
+                    if by_row is not None:
                         v = fused(v, all_lanes(no, load(row_gain, t)), all_lanes(no, load(row_shift, t)))
                     store_part(v, y, b, here)
             i += part
@@ -466,22 +465,22 @@ def _write_tile(x, y, weight, bias, stats, g, k0, first, width, chunk_start, chu
             for u in range(unsafe_count):
                 i = np.int64(load(unsafe, u))
                 channel = (first + i) // g.inner % g.size
-                w = load(row_gain, t) if by_row else load(weight, channel)
+                w = load(row_gain, t) if by_row is not None else load(weight, channel)
                 if i < (width if t < whole else tail):
-                    offset_here = load(row_shift, t) if by_row else load(bias, channel)
+                    offset_here = load(row_shift, t) if by_row is not None else load(bias, channel)
                     store(y, y_at + t * g.y_R0 + i, load(exact, t * TILE + u) * w + offset_here)
     if g.stream != 0:
         settle_streams()
 
 
 @scalar
-def _forward_tile(unit, x, y, mask, weight, bias, stats, geometry, eps, centred):
+def _forward_tile(unit, x, y, mask, weight, bias, stats, geometry, eps, centred, by_row):
     """Take the statistics of one tile's groups and write its output."""
     g = geometry[0]
     tiles = -(-g.lanes // g.tile)
     k0 = unit // tiles
     first = unit % tiles * g.tile
-    width = min(g.tile, g.lanes - first)
+    width = least(g.tile, g.lanes - first)
     p_weight, p_stats = pointer(weight), pointer(stats)
     sums = room(p_weight, _SUMS_ROOM)
     moments = room(p_stats, _MOMENTS_ROOM)
@@ -493,16 +492,16 @@ def _forward_tile(unit, x, y, mask, weight, bias, stats, geometry, eps, centred)
     _close_groups(moments, pointer(mask), g, k0, first, width, p_stats, eps)
     p_x, p_y = pointer(x), pointer(y)
     for last in range(g.chunks, 0, -g.piece_chunks):  # the last rows first: they may still be in the L2 cache
-        start = max(last - g.piece_chunks, np.int64(0))
-        _write_tile(p_x, p_y, p_weight, pointer(bias), p_stats, g, k0, first, width, start, last)
+        start = most(last - g.piece_chunks, np.int64(0))
+        _write_tile(p_x, p_y, p_weight, pointer(bias), p_stats, g, k0, first, width, start, last, by_row)
 
 
 @Kernel
-def forward(x, y, mask, weight, bias, stats, geometry, eps, centred):
+def forward(x, y, mask, weight, bias, stats, geometry, eps, centred, by_row):
     """Normalize tile by tile: statistics, then output, while the tile is in the cache if it fits."""
     g = geometry[0]
     for unit in prange(g.K0 * -(-g.lanes // g.tile)):
-        _forward_tile(np.int64(unit), x, y, mask, weight, bias, stats, geometry, eps, centred)
+        _forward_tile(np.int64(unit), x, y, mask, weight, bias, stats, geometry, eps, centred, by_row)
 
 
 @scalar
@@ -512,7 +511,7 @@ def _store_chunk(unit, x, mask, weight, table, geometry, centred):
     chunk = unit % g.chunks
     tile = unit // g.chunks
     first = tile % tiles * g.tile
-    width = min(g.tile, g.lanes - first)
+    width = least(g.tile, g.lanes - first)
     sums = room(pointer(weight), _SUMS_ROOM)
     scratch = room(pointer(table), _MOMENTS_ROOM)
     _chunk_moments(scratch, _CHUNK, sums, pointer(x), pointer(mask), g, tile // tiles, first, width, chunk, centred)
@@ -533,7 +532,7 @@ def _merge_tile(tile, mask, table, stats, geometry, eps):
     g = geometry[0]
     tiles = -(-g.lanes // g.tile)
     first = tile % tiles * g.tile
-    width = min(g.tile, g.lanes - first)
+    width = least(g.tile, g.lanes - first)
     scratch = room(pointer(table), _MOMENTS_ROOM)
     for chunk in range(g.chunks):
         into = _TOTAL if chunk == 0 else _CHUNK
@@ -553,7 +552,7 @@ def merge_chunks(mask, table, stats, geometry, eps):
 
 
 @scalar
-def _apply_unit(unit, x, y, weight, bias, stats, geometry):
+def _apply_unit(unit, x, y, weight, bias, stats, geometry, by_row):
     g = geometry[0]
     tiles = -(-g.lanes // g.tile)
     # Tiles change fastest: neighbouring units are neighbours in memory.
@@ -561,15 +560,15 @@ def _apply_unit(unit, x, y, weight, bias, stats, geometry):
     first = unit % tiles * g.tile
     chunk = unit // tiles % pieces * g.piece_chunks
     k0 = unit // (tiles * pieces)
-    width = min(g.tile, g.lanes - first)
+    width = least(g.tile, g.lanes - first)
     p_x, p_y, p_weight, p_bias = pointer(x), pointer(y), pointer(weight), pointer(bias)
-    stop = min(chunk + g.piece_chunks, g.chunks)
-    _write_tile(p_x, p_y, p_weight, p_bias, pointer(stats), g, k0, first, width, chunk, stop)
+    stop = least(chunk + g.piece_chunks, g.chunks)
+    _write_tile(p_x, p_y, p_weight, p_bias, pointer(stats), g, k0, first, width, chunk, stop, by_row)
 
 
 @Kernel
-def apply(x, y, weight, bias, stats, geometry):
+def apply(x, y, weight, bias, stats, geometry, by_row):
     """Normalize with given statistics, some chunks at a time."""
     g = geometry[0]
     for unit in prange(g.K0 * -(-g.chunks // g.piece_chunks) * -(-g.lanes // g.tile)):
-        _apply_unit(np.int64(unit), x, y, weight, bias, stats, geometry)
+        _apply_unit(np.int64(unit), x, y, weight, bias, stats, geometry, by_row)

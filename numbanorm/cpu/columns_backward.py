@@ -31,7 +31,7 @@ from .lanes import (
     width_of,
 )
 from .rows_backward import add_slabs
-from .welford import at
+from .welford import at, least, most
 
 FLUSH_ROWS = 64
 """Rows whose products are added in float32 before they go to a lane's float64 sums."""
@@ -52,7 +52,7 @@ def _copy_folded(scratch, rows, once, width):
 @scalar
 def _spread(scratch, x, weight, means, rstds, g, k0, first, width, by_row):
     """Give every lane of a tile its mean (in two parts), rstd and weight."""
-    once = min(width, g.K1 * g.R1)
+    once = least(width, g.K1 * g.R1)
     start = k0 * g.K1
     group, left = start + first // g.R1 % g.K1, g.R1
     channel, channel_left = first // g.inner % g.size, g.inner - first % g.inner
@@ -84,19 +84,19 @@ def _chunk_sums(sums, scratch, dy, x, weight, gradients, g, k0, first, width, ch
         store(sums, i, 0.0)
     no = no_lanes(x)
     r_start = chunk * g.chunk_rows
-    r_stop = min(r_start + g.chunk_rows, g.rows)
-    tail = min(max(g.tail - first, 0), width) if chunk == g.chunks - 1 else 0
+    r_stop = least(r_start + g.chunk_rows, g.rows)
+    tail = least(most(g.tail - first, np.int64(0)), width) if chunk == g.chunks - 1 else 0
     stop = r_stop + (1 if tail > 0 else 0)
     for block in range(r_start, stop, FLUSH_ROWS):
         for i in range(0, width, width_of(no)):
             store_lanes(no, scratch, _A + i)
             store_lanes(no, scratch, _B + i)
-        block_stop = min(block + FLUSH_ROWS, stop)
+        block_stop = least(block + FLUSH_ROWS, stop)
         r = block
         while r < block_stop:
             wide = tail if r == r_stop else width
             # Several rows at once, so that what belongs to a lane is loaded once for all of them.
-            together = 1 if by_row else max(1, min(TOGETHER, min(block_stop, r_stop) - r))
+            together = 1 if by_row else most(np.int64(1), least(np.int64(TOGETHER), least(block_stop, r_stop) - r))
             x_at = g.x_start + k0 * g.x_K0 + r * g.x_R0 + first
             dy_at = g.y_start + k0 * g.y_K0 + r * g.y_R0 + first
             channel = 0
@@ -140,7 +140,7 @@ def _chunk_sums(sums, scratch, dy, x, weight, gradients, g, k0, first, width, ch
 @scalar
 def _close_groups(total, groups, scratch, weight, counts_of, gradients, g, k0, first, width, by_row, centred):
     """Merge the lanes' sums into groups and channels, and give every lane its group's means of g and g * h."""
-    once = min(width, g.K1 * g.R1)
+    once = least(width, g.K1 * g.R1)
     for copy in range(once, width, once):
         for i in range(once):
             store(total, i, load(total, i) + load(total, copy + i))
@@ -188,24 +188,24 @@ def _emit_chunk(scratch, dy, x, dx, mask, weight, counts_of, g, k0, first, width
     """Write dx of one chunk of rows of a tile."""
     no = no_lanes(x)
     r_start = chunk * g.chunk_rows
-    r_stop = min(r_start + g.chunk_rows, g.rows)
-    tail = min(max(g.tail - first, 0), width) if chunk == g.chunks - 1 else 0
+    r_stop = least(r_start + g.chunk_rows, g.rows)
+    tail = least(most(g.tail - first, np.int64(0)), width) if chunk == g.chunks - 1 else 0
     packed = g.lanes * g.rows + g.tail
     # Where dx does not depend on x, as in inference, NaN and Inf in x must not come in by a product with 0.
     fixed = counts_of.shape[0] == 1 and counts_of[0] == 0.0
     r = r_start
     while r < r_stop + (1 if tail > 0 else 0):
         wide = tail if r == r_stop else width
-        together = max(1, min(TOGETHER, r_stop - r))
+        together = most(np.int64(1), least(np.int64(TOGETHER), r_stop - r))
         x_at = g.x_start + k0 * g.x_K0 + r * g.x_R0 + first
         dy_at = g.y_start + k0 * g.y_K0 + r * g.y_R0 + first
         dx_at = k0 * packed + r * g.lanes + first
         # Past the caches only whole lines can go; in them parts of vectors at both ends of every row take longer than
         # vectors across lines: 80 us, not 35, for 100,352 elements in rows of 192.
-        head = min(until_line(dx, dx_at), wide) if g.stream != 0 else 0
+        head = least(until_line(dx, dx_at), wide) if g.stream != 0 else 0
         i = 0
         while i < wide:
-            part = min(width_of(no), wide - i)
+            part = least(width_of(no), wide - i)
             if i < head:
                 part = head - i
             hi = load_lanes(no, scratch, _HI + i)
@@ -275,7 +275,7 @@ def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradi
     for item in range(slab * items // slabs, (slab + 1) * items // slabs):
         k0 = item // tiles if by_row else item
         first = (item if by_row else unit) % tiles * g.tile
-        width = min(g.tile, g.lanes - first)
+        width = least(g.tile, g.lanes - first)
         _backward_tile(
             p_dy,
             p_x,
@@ -312,7 +312,7 @@ def _sum_unit(unit, dy, x, weight, counts_of, means, rstds, table, geometry):
     tile = unit // g.chunks
     chunk = unit % g.chunks
     first = tile * g.tile
-    width = min(g.tile, g.lanes - first)
+    width = least(g.tile, g.lanes - first)
     p_dy, p_x, p_weight = pointer(dy), pointer(x), pointer(weight)
     scratch = room(p_weight, _ROOM)
     sums = room(pointer(means), _SUMS_ROOM)
@@ -336,7 +336,7 @@ def _emit_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, table, gr
     tiles = table.shape[0]
     tile = unit % tiles
     first = tile * g.tile
-    width = min(g.tile, g.lanes - first)
+    width = least(g.tile, g.lanes - first)
     p_dy, p_x, p_dx, p_mask, p_w = pointer(dy), pointer(x), pointer(dx), pointer(mask), pointer(weight)
     scratch = room(p_w, _ROOM)
     groups = room(pointer(means), _SUMS_ROOM)

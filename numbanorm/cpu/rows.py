@@ -50,7 +50,7 @@ from .sums import (
     sweep_strip,
     unit_moments,
 )
-from .welford import BLOCK, least, merge, rstd_of, shift_of
+from .welford import BLOCK, least, merge, most, rstd_of, shift_of
 
 FLOAT32_SAFE = 1e30
 """Groups whose rstd is outside 1/FLOAT32_SAFE to FLOAT32_SAFE are written in float64: float32 would overflow."""
@@ -371,7 +371,7 @@ def _stream_pair(x, residual, total, y, weight, bias, g, group, held, edge, carr
         books_c = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, np.float64(k_c))
         books_d = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, np.float64(k_d))
         for j in range(chunk, chunk_stop, BLOCK):
-            width = least(BLOCK, chunk_stop - j)
+            width = least(np.int64(BLOCK), chunk_stop - j)
             s_c = q_c = s_d = q_d = no
             around_c, around_d = all_lanes(no, lane(x, books_c[6])), all_lanes(no, lane(x, books_d[6]))
             stop = j + width
@@ -740,7 +740,7 @@ def add(x, residual, total, geometry):
 @scalar
 def _count_unit(group, mask, count, geometry):
     g = geometry[0]
-    fold = max(1, g.lanes // (g.K1 * g.R1))  # the columns kernel's rows may be several of R0 side by side
+    fold = most(np.int64(1), g.lanes // (g.K1 * g.R1))  # the columns kernel's rows may be several of R0 side by side
     p_mask = pointer(mask)
     start = g.mask_start + group // g.K1 * g.mask_K0 + group % g.K1 * g.mask_K1
     n = 0

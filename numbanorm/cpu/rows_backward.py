@@ -44,7 +44,7 @@ from .lanes import (
     width_of,
 )
 from .rows import AHEAD_PAIRS, map_of
-from .welford import BLOCK, at
+from .welford import BLOCK, at, least, most
 
 FLUSH = 32
 """Rows whose products are added in float32 before they go to the float64 gradients of weight and bias."""
@@ -104,8 +104,8 @@ def _chunk_sums(sums, channels, dy, x, weight, g, k0, k1, n, chunk, means, rstds
         store(sums, c, 0.0)
     r_start = (chunk // g.across) * g.chunk_runs
     j_start = (chunk % g.across) * g.chunk_width
-    j_stop = min(j_start + g.chunk_width, g.R1)
-    for r0 in range(r_start, min(r_start + g.chunk_runs, g.R0)):
+    j_stop = least(j_start + g.chunk_width, g.R1)
+    for r0 in range(r_start, least(r_start + g.chunk_runs, g.R0)):
         for i in range(n):
             group = k0 * g.K1 + k1 + i
             hi, scale, low = map_of(x, at(means, group), at(rstds, group))
@@ -113,14 +113,14 @@ def _chunk_sums(sums, channels, dy, x, weight, g, k0, k1, n, chunk, means, rstds
             dy_start = g.y_start + k0 * g.y_K0 + r0 * g.y_R0 + (k1 + i) * g.y_K1
             j = j_start
             while j < j_stop:
-                width = min(j_stop - j, BLOCK)
+                width = least(j_stop - j, np.int64(BLOCK))
                 to = 2 * channels * i
                 if g.inner == 1:
                     first = ((k1 + i) * g.R1 + j) % g.size
                     a, b = _run_sums(dy, x, weight, dy_start + j, x_start + j, first, width, hi, scale, low, g.ahead)
                 else:
                     channel = j // g.inner if channels > 1 else 0
-                    width = min(width, g.inner - j % g.inner)
+                    width = least(width, g.inner - j % g.inner)
                     a, b = _run_sums(dy, x, None, dy_start + j, x_start + j, channel, width, hi, scale, low, g.ahead)
                     to += channel
                 store(sums, to, load(sums, to) + a)
@@ -157,7 +157,7 @@ def _emit_stretch(dy, x, dx, mask, weight, starts, width, products, half, values
     """Write `width` elements of dx under one affine map; what comes before the first whole cache line goes apart."""
     hi = values[0]
     step = width_of(hi)
-    head = min(until_line(dx, starts[2]), width) if g.stream != 0 or width >= HEAD_FROM else 0
+    head = least(until_line(dx, starts[2]), width) if g.stream != 0 or width >= HEAD_FROM else 0
     stop = width - (width - head) % step
     stream = g.stream != 0 and (head == 0 or width >= LONG_RUN)
     apart = stream and head < 0  # never; Numba would compile the strip anew for a constant
@@ -200,12 +200,12 @@ def _emit(dy, x, dx, mask, weight, products, p, half, g, k0, r0, k1, start, stop
         width = stop - j
         if g.inner == 1 or half > 0:  # of one element a row, inner tells nothing
             first = j if g.size == g.R1 else (k1 * g.R1 + j) % g.size
-            width = min(width, g.size - first)
+            width = least(width, g.size - first)
             starts_along = (*starts, first, p + j - start)
             values = (hi, scale, low, no, c, e)
             _emit_stretch(dy, x, dx, mask, weight, starts_along, width, products, half, values, depends, marked, g)
         else:
-            width = min(width, g.inner - j % g.inner)
+            width = least(width, g.inner - j % g.inner)
             gain = all_lanes(no, load(weight, (k1 * g.R1 + j) // g.inner % g.size))
             values = (hi, scale, low, gain, c, e)
             _emit_stretch(dy, x, dx, mask, None, (*starts, none, none), width, None, none, values, depends, marked, g)
@@ -269,7 +269,7 @@ def _emit_together(dy, x, dx, weight, rows, products, p, g):
     """
     step = width_of(no_lanes(x))
     head = until_line(dx, rows[0][2])
-    head = min(head, g.R1) if head == until_line(dx, rows[1][2]) and g.R1 >= HEAD_FROM else 0
+    head = least(head, g.R1) if head == until_line(dx, rows[1][2]) and g.R1 >= HEAD_FROM else 0
     stop = g.R1 - (g.R1 - head) % step
     stream = g.stream != 0 and until_line(dx, rows[0][2]) == 0  # so do all four: their rows are of whole lines
     apart = stream and head < 0  # never; Numba would compile the strips anew for a constant
@@ -356,7 +356,7 @@ def _stream_pair(k0, dy, x, dx, weight, counts_of, means, rstds, averages, produ
     g_a = gh_a = g_b = gh_b = 0.0
     for j in range(0, g.R1, BLOCK):
         s_a = q_a = s_b = q_b = no_lanes(x)
-        for i in range(j, min(j + BLOCK, g.R1), width_of(s_a)):
+        for i in range(j, least(j + BLOCK, g.R1), width_of(s_a)):
             gain = load_lanes(s_a, weight, i)
             s_a, q_a = _sum_strip(dy, x, next_a, i, gain, s_a, q_a)
             s_b, q_b = _sum_strip(dy, x, next_b, i, gain, s_b, q_b)
@@ -382,7 +382,7 @@ def _sum_row(k0, dy, x, weight, counts_of, means, rstds, averages, i, g, centred
     dy_at, x_at = g.y_start + k0 * g.y_K0, g.x_start + k0 * g.x_K0
     sum_g = sum_gh = 0.0
     for j in range(0, g.R1, BLOCK):
-        width = min(BLOCK, g.R1 - j)
+        width = least(np.int64(BLOCK), g.R1 - j)
         a, b = _run_sums(dy, x, weight, dy_at + j, x_at + j, j, width, hi, scale, low, g.ahead)
         sum_g += a
         sum_gh += b
@@ -424,10 +424,10 @@ def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradi
     together = _together(g)
     steps = -(-g.K1 // together)
     k1 = unit % steps * together
-    n = min(together, g.K1 - k1)  # groups that are taken together
+    n = least(together, g.K1 - k1)  # groups that are taken together
     slab = unit // steps
     slabs = gradients.shape[0]
-    channels = 1 if along else max(1, g.R1 // g.inner)
+    channels = 1 if along else most(np.int64(1), g.R1 // g.inner)
     first = k1 * g.R1 // g.inner % g.size
     stream = g.stream != 0
     plain = mask is None and along and g.R0 == 1 and g.size == g.R1
@@ -472,7 +472,7 @@ def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradi
             centred,
         )
     for base in range(start, stop, batch):  # as in `rows`: no dx waits for its own sums
-        for k0 in range(base, min(base + batch, stop)):
+        for k0 in range(base, least(base + batch, stop)):
             group = k0 * g.K1 + k1
             mean = at(means, group)
             rstd = at(rstds, group)
@@ -502,7 +502,7 @@ def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradi
                         gradients[slab, 1, channel] += of_g
                 count = at(counts_of, group + i)
                 _store_averages(p_scratch, means_of + 2 * (k0 - base + i), sum_g, sum_gh, count, centred)
-        last = min(base + batch, stop)
+        last = least(base + batch, stop)
         k0 = base
         while k0 < last:
             done = k0 - start
@@ -614,9 +614,9 @@ def _emit_piece(unit, dy, x, dx, mask, weight, counts_of, means, rstds, sums, g,
     """Write dx of some runs, or of a part of one, from the groups' sums."""
     first = unit // g.across * g.piece_runs
     j = unit % g.across * g.chunk_width
-    stop = min(j + g.chunk_width, g.R1)
+    stop = least(j + g.chunk_width, g.R1)
     groups = g.K0 * g.K1
-    for run in range(first, min(first + g.piece_runs, g.K0 * g.R0 * g.K1)):
+    for run in range(first, least(first + g.piece_runs, g.K0 * g.R0 * g.K1)):
         k0 = run // (g.K1 * g.R0)
         k1 = run % g.K1
         r0 = run // g.K1 % g.R0
@@ -661,7 +661,7 @@ def emit(dy, x, dx, mask, weight, counts_of, means, rstds, sums, geometry, centr
 def _emit_lanes_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, sums, dweight, dbias, geometry, centred):
     g = geometry[0]
     start = unit * BLOCK
-    stop = min(start + BLOCK, g.R1)
+    stop = least(start + BLOCK, g.R1)
     half = stop - start
     products = np.zeros(2 * half + 2 * LINE, weight.dtype)
     gradients = np.zeros((2, half))

@@ -40,6 +40,12 @@ def least(a, b):
 
 
 @scalar
+def most(a, b):
+    """Return the larger of two numbers; as `least`."""
+    return a if a > b else b
+
+
+@scalar
 def merge(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
     """Merge two triples (count, mean, M2) by Chan's formula, float64."""
     if count_a == 0.0:
@@ -72,7 +78,7 @@ def shift_of(bias, rest, gain):
 @scalar
 def at(array, group):
     """Return a group's element of an array that may also hold one element for all groups."""
-    return array[min(group, array.shape[0] - 1)]
+    return array[least(group, array.shape[0] - 1)]
 
 
 @scalar
