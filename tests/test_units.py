@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import ml_dtypes
 import numpy as np
 import pytest
 from placing import begin_at
 
 import numbanorm as nn
+from numbanorm import pool, quick
 
 RNG = np.random.default_rng(11)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -52,3 +55,37 @@ def test_rms_of_rows_that_lie_apart(shape: tuple[int, int]) -> None:
     x = wide[:, : shape[1]]
     weight = RNG.standard_normal(shape[1], np.float32)
     np.testing.assert_array_equal(nn.rms_norm(x, shape[1], weight), nn.rms_norm(x.copy(), shape[1], weight))
+
+
+@pytest.mark.parametrize("asks_ahead", [True, False])
+@pytest.mark.parametrize(("stream", "smallest"), [(True, 1), (True, 1 << 30), (False, 1 << 30)])
+@pytest.mark.parametrize("dtype", [np.dtype(np.float32), np.dtype(np.float64), BFLOAT16], ids=str)
+@pytest.mark.parametrize("shape", [(301, 64), (83, 1024), (37, 3072), (103, 96), (131, 72), (29, 1100), (403, 4)])
+def test_backward_of_each_row_has_the_bits_that_it_has_alone(
+    shape: tuple[int, int],
+    dtype: np.dtype,
+    stream: bool,
+    smallest: int,
+    asks_ahead: bool,
+    launch_with: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By fours, by pairs or one by one, in whatever units, and with dx from the pool, where it begins with a line."""
+    rows, size = shape
+    x, dy = RNG.standard_normal((2, *shape)).astype(dtype)
+    x[5] = 3
+    dy[rows - 9] = 0
+    weight = RNG.standard_normal(size).astype(dtype)
+    _, mean, rstd = nn.layer_norm(x, size, return_stats=True)
+    alone = [nn.layer_norm_backward(dy[i], x[i], size, mean[i], rstd[i], weight) for i in range(rows)]
+    for module in (pool, quick):
+        monkeypatch.setattr(module, "SMALLEST", smallest)
+    launch_with(ASKS_AHEAD=asks_ahead, STREAM_FROM=1 if stream else 1 << 30, BACKWARD_BYTES=1 << 14)
+    dx, dweight, dbias = nn.layer_norm_backward(dy, x, size, mean, rstd, weight)
+    for i in range(rows):
+        np.testing.assert_array_equal(dx[i], alone[i][0])
+    wide = dy.astype(np.float64)
+    h = (x.astype(np.float64) - mean) * rstd
+    error = 2**-7 if dtype == BFLOAT16 else 1e-6
+    for sums, terms in ((dweight, wide * h), (dbias, wide)):
+        np.testing.assert_allclose(sums.astype(np.float64), terms.sum(0), 0, error * np.abs(terms).sum(0).max())

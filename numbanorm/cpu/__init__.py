@@ -12,7 +12,7 @@ from numba import typeof
 from ..dtypes import Format, format_of
 from ..plan import Plan
 from ..threads import launch_lock, usable_threads
-from . import columns, columns_backward, rows, rows_backward
+from . import along_backward, columns, columns_backward, rows, rows_backward
 from .dtypes import kernel_view
 from .jit import Kernel
 from .launch import CHUNK, TABLE_BYTES, geometry
@@ -213,18 +213,20 @@ class SettledBackward:
         Of the dtype of all arrays.
     """
 
-    __slots__ = ("_centred", "_count", "_geometry", "_kernel", "_lane", "_one", "_record", "_shape", "_slabs")
+    __slots__ = ("_centred", "_count", "_geometry", "_kernel", "_lane", "_masks", "_one", "_record", "_shape", "_slabs")
 
     def __init__(self, plan: Plan, form: Format) -> None:
         layout = plan.layout
         self._centred = layout.centred
-        self._geometry = geo = geometry(plan, True)
+        self._geometry = geo = geometry(plan, True, form.result.itemsize)
         self._count = np.full(1, layout.count, np.float64)
         self._one = _constant(layout.size, form.lane, 1)
         self._record = form.record
         self._slabs = _slabs(plan, *_items(plan, geo))
         self._shape, self._lane = (2, layout.size), form.lane
-        self._kernel = _Compiled(columns_backward.backward if plan.columns else rows_backward.backward)
+        kernels = columns_backward if plan.columns else along_backward if _is_along(plan) else rows_backward
+        self._masks = () if kernels is along_backward else (None,)
+        self._kernel = _Compiled(kernels.backward)
 
     @staticmethod
     def settles(plan: Plan) -> bool:
@@ -239,7 +241,7 @@ class SettledBackward:
         weight = self._one if weight is None else weight.ravel()
         result = _empty(self._shape, self._lane)
         self._kernel.run(
-            dy, x, dx, None, weight, self._count, mean, rstd, self._slabs, result, self._geometry, self._centred
+            dy, x, dx, *self._masks, weight, self._count, mean, rstd, self._slabs, result, self._geometry, self._centred
         )
         return result
 
@@ -248,6 +250,12 @@ def _ways(geo: np.ndarray, whole: bool) -> tuple[bool | None, bool | None, bool 
     """Return `pairs`, `blocks` and `chunks` as the rows kernel takes them; `whole`: without a mask."""
     blocks = whole and bool(geo[0]["blocks"])
     return True if whole and geo[0]["pairs"] else None, True if blocks else None, None if blocks else True
+
+
+def _is_along(plan: Plan) -> bool:
+    """Tell whether each group is one row with weights along it."""
+    _, r0, _, r1 = plan.layout.view
+    return plan.layout.inner == r0 == 1 and plan.layout.size == r1
 
 
 def _is_long(plan: Plan) -> bool:
@@ -352,7 +360,7 @@ def backward(
         In the lane dtype, or in float64; dbias may be empty where there is no mean.
     """
     layout = plan.layout
-    geo = geometry(plan, True)
+    geo = geometry(plan, True, x.itemsize)
     weight = _constant(layout.size, _lane(x), 1) if weight is None else weight
     threads = _threads(plan)
     if mask is None:
@@ -398,7 +406,11 @@ def backward(
         return sums[1], sums[0]
     result = np.empty((2, layout.size), weight.dtype)
     slabs = _slabs(plan, *_items(plan, geo))
-    _run(rows_backward.backward, threads, *data, out, mask, weight, *stats, slabs, result, geo, layout.centred)
+    into = (slabs, result, geo, layout.centred)
+    if mask is None and not fixed and _is_along(plan):
+        _run(along_backward.backward, threads, *data, out, weight, *stats, *into)
+    else:
+        _run(rows_backward.backward, threads, *data, out, mask, weight, *stats, *into)
     return result[0], result[1]
 
 

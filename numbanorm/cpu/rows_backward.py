@@ -36,38 +36,24 @@ from .lanes import (
     prefetch,
     prefetch_near,
     settle_streams,
-    store_lanes,
     store_some,
     stream_lanes,
     sum_of_lanes,
     until_line,
     width_of,
 )
-from .rows import AHEAD_PAIRS, map_of
+from .rows import map_of
 from .welford import BLOCK, at, least, most
 
 FLUSH = 32
 """Rows whose products are added in float32 before they go to the float64 gradients of weight and bias."""
-
-NARROW = 64
-"""Elements of a row up to which four are streamed together.
-
-What they share counts for more than that memory reads and writes best by turns: 65,536 rows of 64 take 2.2 ms so on
-Zen 4 and 3.0 one by one, of 32 1.6 and 2.3; of 128 5.3 and 5.1.
-"""
-
-NARROW_UNIT = 512
-"""Elements of such rows that are summed before their dx is written."""
-
-EVEN = 32
-"""Lanes of float32: rows of a multiple of it may all begin with lines of dx."""
 
 LONG_RUN = 1024
 """Elements from which a run is streamed although it starts inside a cache line, whose part then goes the usual way."""
 
 
 @inlined
-def _run_sums(dy, x, weight, dy_at, x_at, first, width, hi, scale, low, ahead):
+def run_sums(dy, x, weight, dy_at, x_at, first, width, hi, scale, low, ahead):
     """Sum dy and dy * h over `width` neighbours; dy is weighted from `first` on where there is a weight."""
     a = b = no_lanes(x)
     step = width_of(a)
@@ -117,11 +103,11 @@ def _chunk_sums(sums, channels, dy, x, weight, g, k0, k1, n, chunk, means, rstds
                 to = 2 * channels * i
                 if g.inner == 1:
                     first = ((k1 + i) * g.R1 + j) % g.size
-                    a, b = _run_sums(dy, x, weight, dy_start + j, x_start + j, first, width, hi, scale, low, g.ahead)
+                    a, b = run_sums(dy, x, weight, dy_start + j, x_start + j, first, width, hi, scale, low, g.ahead)
                 else:
                     channel = j // g.inner if channels > 1 else 0
                     width = least(width, g.inner - j % g.inner)
-                    a, b = _run_sums(dy, x, None, dy_start + j, x_start + j, channel, width, hi, scale, low, g.ahead)
+                    a, b = run_sums(dy, x, None, dy_start + j, x_start + j, channel, width, hi, scale, low, g.ahead)
                     to += channel
                 store(sums, to, load(sums, to) + a)
                 store(sums, to + channels, load(sums, to + channels) + b)
@@ -213,83 +199,14 @@ def _emit(dy, x, dx, mask, weight, products, p, half, g, k0, r0, k1, start, stop
 
 
 @inlined
-def _row(x, g, k0, k1, means, rstds, averages, i):
-    """Return where a row lies in dy, x and dx, and what belongs to all of its elements, in lanes.
-
-    `averages` holds, from `i` on, the row's means of g and g * h.
-    """
-    no = no_lanes(x)
-    hi, scale, low = map_of(x, at(means, k0 * g.K1 + k1), at(rstds, k0 * g.K1 + k1))
-    return (
-        g.y_start + k0 * g.y_K0 + k1 * g.y_K1,
-        g.x_start + k0 * g.x_K0 + k1 * g.x_K1,
-        (k0 * g.K1 + k1) * g.R1,
-        hi,
-        scale,
-        low,
-        all_lanes(no, lane(x, -load(averages, i))),
-        all_lanes(no, lane(x, -load(averages, i + 1))),
-    )
-
-
-@inlined
-def _strip_of(dy, x, dx, row, i, part, gain, line):
-    """Write `part` elements of dx of a row, up to a vector; return dy and h."""
-    dy_at, x_at, dx_at, hi, scale, low, c, e = row
-    h = fused(load_some(hi, x, x_at + i, part) - hi, scale, low)
-    d = load_some(hi, dy, dy_at + i, part)
-    v = fused(d, gain, fused(h, e, c)) * scale
-    if line:
-        stream_lanes(v, dx, dx_at + i)
-    else:
-        store_some(v, dx, dx_at + i, part)
-    return d, h
-
-
-@inlined
-def _emit_strips(dy, x, dx, weight, rows, i, part, products, p, half, line):
-    """Write `part` elements of dx of four rows; add to `products` what all four add."""
-    no = no_lanes(x)
-    gain = load_some(no, weight, i, part)
-    da, ha = _strip_of(dy, x, dx, rows[0], i, part, gain, line)
-    db, hb = _strip_of(dy, x, dx, rows[1], i, part, gain, line)
-    dc, hc = _strip_of(dy, x, dx, rows[2], i, part, gain, line)
-    dd, hd = _strip_of(dy, x, dx, rows[3], i, part, gain, line)
-    of_h = fused(dd, hd, fused(dc, hc, fused(db, hb, fused(da, ha, load_some(no, products, p + i, part)))))
-    store_some(of_h, products, p + i, part)
-    of_d = load_some(no, products, p + half + i, part) + ((da + db) + (dc + dd))
-    store_some(of_d, products, p + half + i, part)
-
-
-@inlined
-def _emit_together(dy, x, dx, weight, rows, products, p, g):
-    """Write dx of four rows with weights along them, and add to `products`.
-
-    For a row alone products and weights are most of what is read and written in the L1 cache.
-    """
-    step = width_of(no_lanes(x))
-    head = until_line(dx, rows[0][2])
-    head = least(head, g.R1) if head == until_line(dx, rows[1][2]) and g.R1 >= HEAD_FROM else 0
-    stop = g.R1 - (g.R1 - head) % step
-    stream = g.stream != 0 and until_line(dx, rows[0][2]) == 0  # so do all four: their rows are of whole lines
-    apart = stream and head < 0  # never; Numba would compile the strips anew for a constant
-    if head > 0:
-        _emit_strips(dy, x, dx, weight, rows, np.int64(0), head, products, p, g.R1, apart)
-    for i in range(head, stop, step):
-        _emit_strips(dy, x, dx, weight, rows, i, step, products, p, g.R1, stream)
-    if stop < g.R1:
-        _emit_strips(dy, x, dx, weight, rows, stop, g.R1 - stop, products, p, g.R1, apart)
-
-
-@inlined
-def _products_from(dx, dx_at, products):
+def products_from(dx, dx_at, products):
     """Return where to begin in `products`, so that its vectors, too, start with cache lines where those of dx do."""
     lanes = LINE // products.itemsize
     return until_line(products, 0) + -until_line(dx, dx_at) % lanes
 
 
 @scalar
-def _flush(products, p, half, gradients, at, size):
+def flush(products, p, half, gradients, at, size):
     """Add the products of the last rows to float64 gradients, the second `size` after the first, and clear them."""
     no = no_exact_lanes()
     step = width_of(no)
@@ -304,110 +221,9 @@ def _flush(products, p, half, gradients, at, size):
 
 
 @scalar
-def _average(total, count):
+def average(total, count):
     """Return total/count; 0 where nothing counts, as in inference: then the statistics do not depend on x."""
     return total * (1.0 / count) if count > 0.0 else 0.0
-
-
-@inlined
-def _store_averages(averages, i, sum_g, sum_gh, count, centred):
-    """Store the means of g and g * h of a group."""
-    store(averages, i, _average(sum_g, count) if centred else 0.0)
-    store(averages, i + 1, _average(sum_gh, count))
-
-
-@scalar
-def _all_depend(averages, i):
-    """Tell whether dx of four rows depends on x: not in inference, where NaN and Inf in x must not come in."""
-    depend = True
-    for row in range(i, i + 8, 2):
-        depend = depend and not (load(averages, row) == 0.0 and load(averages, row + 1) == 0.0)
-    return depend
-
-
-@inlined
-def _sum_strip(dy, x, row, i, gain, a, b):
-    """Add, of a row's elements from `i` on, g to `a` and g * h to `b`."""
-    dy_at, x_at, _, hi, scale, low, _, _ = row
-    prefetch_near(a, dy, dy_at + i + AHEAD_PAIRS)
-    prefetch_near(a, x, x_at + i + AHEAD_PAIRS)
-    d = load_lanes(a, dy, dy_at + i) * gain
-    return a + d, fused(d, fused(load_lanes(a, x, x_at + i) - hi, scale, low), b)
-
-
-@inlined
-def _strip_beside(dy, x, row, i, gain, of_h, of_d):
-    """Return lanes of dx of a row, `of_h` with dy * h added, and `of_d` with dy added."""
-    dy_at, x_at, _, hi, scale, low, c, e = row
-    h = fused(load_lanes(hi, x, x_at + i) - hi, scale, low)
-    d = load_lanes(hi, dy, dy_at + i)
-    return fused(d, gain, fused(h, e, c)) * scale, fused(d, h, of_h), of_d + d
-
-
-@scalar
-def _stream_pair(k0, dy, x, dx, weight, counts_of, means, rstds, averages, products, p, g, centred):
-    """Write dx of two rows beside the sums of the two after them, whose means of g and g * h go to `averages`."""
-    k1 = of_a = np.int64(0)
-    of_b = np.int64(2)
-    last_a = _row(x, g, k0, k1, means, rstds, averages, of_a)
-    last_b = _row(x, g, k0 + 1, k1, means, rstds, averages, of_b)
-    next_a = _row(x, g, k0 + 2, k1, means, rstds, averages, of_a)
-    next_b = _row(x, g, k0 + 3, k1, means, rstds, averages, of_b)
-    g_a = gh_a = g_b = gh_b = 0.0
-    for j in range(0, g.R1, BLOCK):
-        s_a = q_a = s_b = q_b = no_lanes(x)
-        for i in range(j, least(j + BLOCK, g.R1), width_of(s_a)):
-            gain = load_lanes(s_a, weight, i)
-            s_a, q_a = _sum_strip(dy, x, next_a, i, gain, s_a, q_a)
-            s_b, q_b = _sum_strip(dy, x, next_b, i, gain, s_b, q_b)
-            of_h, of_d = load_lanes(s_a, products, p + i), load_lanes(s_a, products, p + g.R1 + i)
-            v_a, of_h, of_d = _strip_beside(dy, x, last_a, i, gain, of_h, of_d)
-            v_b, of_h, of_d = _strip_beside(dy, x, last_b, i, gain, of_h, of_d)
-            stream_lanes(v_a, dx, last_a[2] + i)
-            stream_lanes(v_b, dx, last_b[2] + i)
-            store_lanes(of_h, products, p + i)
-            store_lanes(of_d, products, p + g.R1 + i)
-        g_a += sum_of_lanes(s_a)
-        gh_a += sum_of_lanes(q_a)
-        g_b += sum_of_lanes(s_b)
-        gh_b += sum_of_lanes(q_b)
-    _store_averages(averages, of_a, g_a, gh_a, at(counts_of, k0 + 2), centred)
-    _store_averages(averages, of_b, g_b, gh_b, at(counts_of, k0 + 3), centred)
-
-
-@scalar
-def _sum_row(k0, dy, x, weight, counts_of, means, rstds, averages, i, g, centred):
-    """Store the means of g and g * h of a row with weights along it to `averages`, from `i` on."""
-    hi, scale, low = map_of(x, at(means, k0), at(rstds, k0))
-    dy_at, x_at = g.y_start + k0 * g.y_K0, g.x_start + k0 * g.x_K0
-    sum_g = sum_gh = 0.0
-    for j in range(0, g.R1, BLOCK):
-        width = least(np.int64(BLOCK), g.R1 - j)
-        a, b = _run_sums(dy, x, weight, dy_at + j, x_at + j, j, width, hi, scale, low, g.ahead)
-        sum_g += a
-        sum_gh += b
-    _store_averages(averages, i, sum_g, sum_gh, at(counts_of, k0), centred)
-
-
-@scalar
-def _stream_pairs(
-    start, stop, dy, x, dx, weight, counts_of, means, rstds, averages, products, p, gradients, to, g, centred
-):
-    """Take all but the last two or three of some long rows, whose dx goes past the caches; return where they begin.
-
-    Memory reads and writes best by turns: (16384, 4096) takes 42 ms so, 54 where a row is summed and then written, 50
-    where four are.
-    """
-    k0 = start
-    if until_line(dx, start * g.R1) == 0 and stop - start >= 4 and at(counts_of, start) > 0.0:
-        _sum_row(k0, dy, x, weight, counts_of, means, rstds, averages, np.int64(0), g, centred)
-        _sum_row(k0 + 1, dy, x, weight, counts_of, means, rstds, averages, np.int64(2), g, centred)
-        while k0 + 4 <= stop:
-            _stream_pair(k0, dy, x, dx, weight, counts_of, means, rstds, averages, products, p, g, centred)
-            k0 += 2
-            if (k0 - start) % FLUSH == 0:
-                _flush(products, p, g.R1, gradients, to, g.size)
-    return k0
 
 
 @inlined
@@ -420,7 +236,7 @@ def _together(g):
 def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradients, geometry, centred):
     """Take the samples of one slab at one k1: sums, then dx, while the group is in the cache."""
     g = geometry[0]
-    along = g.inner == 1
+    along = g.inner == 1  # and masked, or of several runs: the others are `along_backward`'s
     together = _together(g)
     steps = -(-g.K1 // together)
     k1 = unit % steps * together
@@ -430,14 +246,7 @@ def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradi
     channels = 1 if along else most(np.int64(1), g.R1 // g.inner)
     first = k1 * g.R1 // g.inner % g.size
     stream = g.stream != 0
-    plain = mask is None and along and g.R0 == 1 and g.size == g.R1
-    narrow = g.R1 <= NARROW and g.R1 % EVEN == 0
-    fours = plain and (not stream or narrow)
     batch = g.unit_groups
-    if fours:
-        batch = -(-(NARROW_UNIT // g.R1 if stream else batch) // 4) * 4
-    elif plain:  # memory reads and writes best by turns: (65536, 1024) 39.5 ms, 47.5 by units of 2048 elements
-        batch = np.int64(1)
     # Sums of a chunk, of all chunks, and means of a batch: one array, not three: 29.4 to 26.5 us for 32 units.
     scratch = np.empty(4 * channels * n + 2 * batch * n)
     total = 2 * channels * n
@@ -451,44 +260,17 @@ def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradi
     flush_at = slab * 2 * size + first
     start = slab * g.K0 // slabs
     stop = (slab + 1) * g.K0 // slabs
-    p = _products_from(p_dx, (start * g.K1 + k1) * g.R1, products)
-    if plain and stream and g.K1 == 1 and g.R1 > BLOCK and g.R1 % EVEN == 0:
-        start = _stream_pairs(
-            start,
-            stop,
-            p_dy,
-            p_x,
-            p_dx,
-            p_weight,
-            counts_of,
-            means,
-            rstds,
-            p_scratch,
-            p_products,
-            p,
-            p_gradients,
-            flush_at,
-            g,
-            centred,
-        )
+    p = products_from(p_dx, (start * g.K1 + k1) * g.R1, products)
     for base in range(start, stop, batch):  # as in `rows`: no dx waits for its own sums
         for k0 in range(base, least(base + batch, stop)):
             group = k0 * g.K1 + k1
-            mean = at(means, group)
-            rstd = at(rstds, group)
-            if along and g.R0 == 1 and g.size == g.R1 <= BLOCK:  # one block: the same without the books
-                hi, scale, low = map_of(x, mean, rstd)
-                dy_at = g.y_start + k0 * g.y_K0 + k1 * g.y_K1
-                x_at = g.x_start + k0 * g.x_K0 + k1 * g.x_K1
-                sum_g, sum_gh = _run_sums(p_dy, p_x, p_weight, dy_at, x_at, np.int64(0), g.R1, hi, scale, low, g.ahead)
-            else:
+            for c in range(2 * channels * n):
+                store(p_scratch, total + c, 0.0)
+            for chunk in range(g.chunks):
+                _chunk_sums(p_scratch, channels, p_dy, p_x, p_weight, g, k0, k1, n, chunk, means, rstds)
                 for c in range(2 * channels * n):
-                    store(p_scratch, total + c, 0.0)
-                for chunk in range(g.chunks):
-                    _chunk_sums(p_scratch, channels, p_dy, p_x, p_weight, g, k0, k1, n, chunk, means, rstds)
-                    for c in range(2 * channels * n):
-                        store(p_scratch, total + c, load(p_scratch, total + c) + load(p_scratch, c))
-                sum_g, sum_gh = load(p_scratch, total), load(p_scratch, total + channels)
+                    store(p_scratch, total + c, load(p_scratch, total + c) + load(p_scratch, c))
+            sum_g, sum_gh = load(p_scratch, total), load(p_scratch, total + channels)
             for i in range(n):
                 if not along:
                     sum_g = sum_gh = 0.0
@@ -501,24 +283,11 @@ def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradi
                         gradients[slab, 0, channel] += of_gh
                         gradients[slab, 1, channel] += of_g
                 count = at(counts_of, group + i)
-                _store_averages(p_scratch, means_of + 2 * (k0 - base + i), sum_g, sum_gh, count, centred)
-        last = least(base + batch, stop)
-        k0 = base
-        while k0 < last:
-            done = k0 - start
+                to = means_of + 2 * (k0 - base + i)
+                store(p_scratch, to, average(sum_g, count) if centred else 0.0)
+                store(p_scratch, to + 1, average(sum_gh, count))
+        for k0 in range(base, least(base + batch, stop)):
             at_means = means_of + 2 * (k0 - base)
-            if fours and k0 + 4 <= last and _all_depend(p_scratch, at_means):
-                four = (
-                    _row(p_x, g, k0, k1, means, rstds, p_scratch, at_means),
-                    _row(p_x, g, k0 + 1, k1, means, rstds, p_scratch, at_means + 2),
-                    _row(p_x, g, k0 + 2, k1, means, rstds, p_scratch, at_means + 4),
-                    _row(p_x, g, k0 + 3, k1, means, rstds, p_scratch, at_means + 6),
-                )
-                _emit_together(p_dy, p_x, p_dx, p_weight, four, p_products, p, g)
-                k0 += 4
-                if (k0 - start) // FLUSH > done // FLUSH:
-                    _flush(p_products, p, half, p_gradients, flush_at, size)
-                continue
             for r0 in range(g.R0):
                 for i in range(n):
                     group = k0 * g.K1 + k1 + i
@@ -543,12 +312,11 @@ def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradi
                         mean_g,
                         mean_gh,
                     )
-            k0 += 1
-            if along and (k0 - start) // FLUSH > done // FLUSH:
-                _flush(p_products, p, half, p_gradients, flush_at, size)
+            if along and (k0 - start) % FLUSH == FLUSH - 1:
+                flush(p_products, p, half, p_gradients, flush_at, size)
     if stream:
         settle_streams()
-    _flush(p_products, p, half, p_gradients, flush_at, size)  # of length 0 where weights do not lie along
+    flush(p_products, p, half, p_gradients, flush_at, size)  # of length 0 where weights do not lie along
     scratch[0] = products[0]
 
 
@@ -624,8 +392,8 @@ def _emit_piece(unit, dy, x, dx, mask, weight, counts_of, means, rstds, sums, g,
         count = at(counts_of, group)
         mean = at(means, group)
         rstd = at(rstds, group)
-        mean_g = _average(load(sums, group), count) if centred else 0.0
-        mean_gh = _average(load(sums, groups + group), count)
+        mean_g = average(load(sums, group), count) if centred else 0.0
+        mean_gh = average(load(sums, groups + group), count)
         _emit(dy, x, dx, mask, weight, None, 0, 0, g, k0, r0, k1, j, stop, mean, rstd, mean_g, mean_gh)
     if g.stream != 0:
         settle_streams()
@@ -667,11 +435,11 @@ def _emit_lanes_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, sum
     gradients = np.zeros((2, half))
     p_dy, p_x, p_dx, p_mask, p_weight = pointer(dy), pointer(x), pointer(dx), pointer(mask), pointer(weight)
     p_products, p_gradients = pointer(products), pointer(gradients)
-    p = _products_from(p_dx, start, products)
+    p = products_from(p_dx, start, products)
     for k0 in range(g.K0):
         mean, rstd, count = at(means, k0), at(rstds, k0), at(counts_of, k0)
-        mean_g = _average(sums[0, k0], count) if centred else 0.0
-        mean_gh = _average(sums[1, k0], count)
+        mean_g = average(sums[0, k0], count) if centred else 0.0
+        mean_gh = average(sums[1, k0], count)
         _emit(
             p_dy,
             p_x,
@@ -693,10 +461,10 @@ def _emit_lanes_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, sum
             mean_gh,
         )
         if k0 % FLUSH == FLUSH - 1:
-            _flush(p_products, p, half, p_gradients, 0, half)
+            flush(p_products, p, half, p_gradients, 0, half)
     if g.stream != 0:
         settle_streams()
-    _flush(p_products, p, half, p_gradients, 0, half)
+    flush(p_products, p, half, p_gradients, 0, half)
     products[0] = 0.0
     for i in range(half):
         dweight[start + i] = gradients[0, i]
