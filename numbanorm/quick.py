@@ -125,14 +125,14 @@ class Quick:
 
     def writes(self, out: Any, x: np.ndarray, *inputs: Any) -> bool:
         """Tell whether the kernel can write to an array that the caller gave, apart from all inputs or `x` itself."""
-        return (
-            type(out) is _ndarray
-            and out.dtype is self._result
-            and out.shape == x.shape
-            and out.flags.carray
-            and (out is x or not _may_share(out, x))
-            and not any(_may_share(out, array) for array in inputs if array is not None)
-        )
+        if type(out) is not _ndarray or out.dtype is not self._result or out.shape != x.shape or not out.flags.carray:
+            return False
+        if out is not x and _may_share(out, x):
+            return False
+        for array in inputs:  # noqa: SIM110  # not `any` over a generator: 0.3 us less
+            if array is not None and _may_share(out, array):
+                return False
+        return True
 
     def run(
         self,
@@ -244,8 +244,8 @@ class _Turn:
         self._back = (0, axes - 1, *range(1, axes - 1))
 
     @staticmethod
-    def of(x: Any, channel_axis: Any) -> _Turn | None:
-        """Return it for channels-first arrays that lie channels last in memory; None for others."""
+    def of(x: Any, channel_axis: Any) -> tuple[_Turn, np.ndarray] | None:
+        """Return it, and the view there, for channels-first arrays that lie channels last; None for others."""
         if type(x) is not _ndarray or x.flags.carray:
             return None
         axes = x.ndim
@@ -254,7 +254,8 @@ class _Turn:
         turn = _TURNS.get(axes)
         if turn is None:
             turn = _TURNS[axes] = _Turn(axes)
-        return turn if turn.there(x).flags.carray else None
+        there = turn.there(x)
+        return (turn, there) if there.flags.carray else None
 
     def there(self, x: np.ndarray) -> np.ndarray:
         """Return the view in the order of memory."""
@@ -269,27 +270,26 @@ _TURNS: dict[int, _Turn] = {}
 
 
 class Turned:
-    """Calls of one norm on channels-first arrays that lie channels last in memory: those on the transposed arrays."""
+    """A call of one norm on channels-first arrays that lie channels last in memory: that on their transposed views."""
 
-    __slots__ = ("_turn", "_way", "fits")
+    __slots__ = ("_into", "_there", "_turn", "_way", "fits")
 
-    def __init__(self, turn: _Turn, way: Any) -> None:
-        self._turn, self._way = turn, way
+    def __init__(self, turn: _Turn, way: Any, there: np.ndarray, into: np.ndarray | None) -> None:
+        self._turn, self._way, self._there, self._into = turn, way, there, into
         self.fits = way.fits
 
     def run(
-        self, x: np.ndarray, weight: Any, bias: Any, eps: float, return_stats: bool, out: np.ndarray | None = None
+        self, _x: np.ndarray, weight: Any, bias: Any, eps: float, return_stats: bool, out: np.ndarray | None = None
     ) -> Any:
         """Do what `Quick.run` does."""
-        there = self._turn.there
-        result = self._way.run(there(x), weight, bias, eps, return_stats, None if out is None else there(out))
-        y, *statistics = result if return_stats else (result,)
-        y = self._turn.back(y) if out is None else out
-        return (y, *statistics) if return_stats else y
+        result = self._way.run(self._there, weight, bias, eps, return_stats, self._into)
+        if not return_stats:
+            return self._turn.back(result) if out is None else out
+        return (self._turn.back(result[0]) if out is None else out, *result[1:])
 
     def apply(
         self,
-        x: np.ndarray,
+        _x: np.ndarray,
         mean: np.ndarray,
         var: np.ndarray,
         weight: Any,
@@ -298,22 +298,21 @@ class Turned:
         out: np.ndarray | None = None,
     ) -> np.ndarray:
         """Do what `Quick.apply` does."""
-        there = self._turn.there
-        y = self._way.apply(there(x), mean, var, weight, bias, eps, None if out is None else there(out))
+        y = self._way.apply(self._there, mean, var, weight, bias, eps, self._into)
         return self._turn.back(y) if out is None else out
 
 
 class TurnedBackward:
     """Backward for such arrays."""
 
-    __slots__ = ("_turn", "_way")
+    __slots__ = ("_dy", "_turn", "_way", "_x")
 
-    def __init__(self, turn: _Turn, way: Any) -> None:
-        self._turn, self._way = turn, way
+    def __init__(self, turn: _Turn, way: Any, dy: np.ndarray, x: np.ndarray) -> None:
+        self._turn, self._way, self._dy, self._x = turn, way, dy, x
 
-    def run(self, dy: np.ndarray, x: np.ndarray, mean: Any, rstd: np.ndarray, weight: Any) -> tuple[np.ndarray, ...]:
+    def run(self, _dy: np.ndarray, _x: np.ndarray, mean: Any, rstd: np.ndarray, weight: Any) -> tuple[np.ndarray, ...]:
         """Do what `QuickBackward.run` does."""
-        dx, *gradients = self._way.run(self._turn.there(dy), self._turn.there(x), mean, rstd, weight)
+        dx, *gradients = self._way.run(self._dy, self._x, mean, rstd, weight)
         return (self._turn.back(dx), *gradients)
 
 
@@ -376,17 +375,17 @@ def find_by_channel(
     norm: str, x: Any, weight: Any, bias: Any, eps: Any, out: Any, channel_axis: Any, num_groups: Any = None
 ) -> Quick | Turned | None:
     """Do what `find` does for a norm with a channel axis; channels may also lie last in memory."""
-    turn = _Turn.of(x, channel_axis)
-    if turn is None:
+    turned = _Turn.of(x, channel_axis)
+    if turned is None:
         return find(norm, x, weight, bias, eps, out, None, channel_axis, num_groups)
-    there = turn.there(x)
+    turn, there = turned
     into = there if out is x else out
     if out is not None and out is not x:
         if type(out) is not _ndarray or out.ndim != x.ndim:
             return None
         into = turn.there(out)
     way = find(norm, there, weight, bias, eps, into, None, x.ndim - 1, num_groups)
-    return None if way is None else Turned(turn, way)
+    return None if way is None else Turned(turn, way, there, into)
 
 
 def find_given(
@@ -422,13 +421,15 @@ def find_backward_by_channel(
     norm: str, dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, channel_axis: Any, num_groups: Any = None
 ) -> QuickBackward | TurnedBackward | None:
     """Do what `find_backward` does for a norm with a channel axis; channels may also lie last in memory."""
-    turn = _Turn.of(x, channel_axis)
-    if turn is None:
+    turned = _Turn.of(x, channel_axis)
+    if turned is None:
         return find_backward(norm, dy, x, mean, rstd, weight, channel_axis, num_groups)
     if type(dy) is not _ndarray or dy.ndim != x.ndim:
         return None
-    way = find_backward(norm, turn.there(dy), turn.there(x), mean, rstd, weight, x.ndim - 1, num_groups)
-    return None if way is None else TurnedBackward(turn, way)
+    turn, there = turned
+    dy_there = turn.there(dy)
+    way = find_backward(norm, dy_there, there, mean, rstd, weight, x.ndim - 1, num_groups)
+    return None if way is None else TurnedBackward(turn, way, dy_there, there)
 
 
 @lru_cache(maxsize=4096, typed=True)

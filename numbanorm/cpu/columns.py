@@ -329,8 +329,19 @@ def _write_packed(params, x, y, x_at, y_at, lanes, n, stream, ahead):
         for i in range(step):
             store(turned, to + lanes + i, load(turned, to + i))
     stop = n - (n - head) % step
+    begin = head
+    if not stream and (lanes == step or lanes == 2 * step):  # these read the same parameters again and again: once
+        begin = head + (n - head) // (2 * step) * (2 * step)
+        hi, hi_after = load_lanes(no, turned, 0), load_lanes(no, turned, step)
+        gain, gain_after = load_lanes(no, turned, _TURNED), load_lanes(no, turned, _TURNED + step)
+        offset, offset_after = load_lanes(no, turned, 2 * _TURNED), load_lanes(no, turned, 2 * _TURNED + step)
+        for i in range(head, begin, 2 * step):
+            v = fused(load_lanes(no, x, x_at + i) - hi, gain, offset)
+            after = fused(load_lanes(no, x, x_at + i + step) - hi_after, gain_after, offset_after)
+            store_lanes(v, y, y_at + i)
+            store_lanes(after, y, y_at + i + step)
     at = 0
-    for i in range(head, stop, step):
+    for i in range(begin, stop, step):
         if stream and ahead != 0:
             prefetch(no, x, x_at + i + ahead)
         d = load_lanes(no, x, x_at + i) - load_lanes(no, turned, at)
@@ -412,7 +423,9 @@ def _write_tile(x, y, weight, bias, stats, g, k0, first, width, chunk_start, chu
     if by_row is None and unsafe_count == 0 and width == g.lanes == g.x_R0 == g.y_R0:
         x_at = g.x_start + k0 * g.x_K0 + r_start * width
         y_at = g.y_start + k0 * g.y_K0 + r_start * width
-        _write_packed(params, x, y, x_at, y_at, width, (r_stop - r_start) * width + tail, g.stream != 0, g.ahead_out)
+        once = least(width, g.K1 * g.R1)
+        lanes = once if once % width_of(no_lanes(x)) == 0 else width  # of folded ones, rows side by side, one row's
+        _write_packed(params, x, y, x_at, y_at, lanes, (r_stop - r_start) * width + tail, g.stream != 0, g.ahead_out)
         return
     no = no_lanes(x)
     stop = r_stop + (1 if tail > 0 else 0)
