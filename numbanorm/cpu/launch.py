@@ -15,7 +15,7 @@ from numba import config
 
 from ..plan import Placement, Plan
 from .columns import BLOCK_ROWS, TILE
-from .rows import AHEAD, AHEAD_NEAR
+from .rows import AHEAD, AHEAD_NEAR, ROWS_APART
 from .sums import TOGETHER, UNIT_GROUPS
 from .welford import BLOCK
 
@@ -197,6 +197,8 @@ def _rows(g: np.void, size: int, itemsize: int) -> None:
     g["by_rows"] = packed and g["inner"] == 1 and g["size"] == r1 and r1 % STRIP == 0 and r1 <= ROWS_UP_TO
     g["channel_runs"] = g["K0"] == 1 < r0 and g["inner"] == r1 and g["size"] == g["K1"]
     span = (size // SPANS if g["stream"] else SPAN) // group
+    if g["by_rows"] and not g["stream"] and r1 < ROWS_APART:
+        g["unit_groups"] = max(g["unit_groups"], 4)
     g["span_groups"] = max(g["together"], span // g["together"] * g["together"])
     g["span_pieces"] = max(1, size // (CHUNK * SPANS)) if g["stream"] else 1
     if ASKS_AHEAD and size >= AHEAD_FROM:

@@ -82,6 +82,13 @@ Into NumPy's memory, 16 bytes into a line, LayerNorm (65536, 64) takes 8.4 ms by
 (32768, 128) 4.4 and 1.3; (65536, 512) 8.2 and 12.9.
 """
 
+ROWS_APART = 1024
+"""Rows from this length on are written one by one, narrower ones by fours, with weights read once for all of them.
+
+RMSNorm (512, 512) takes 56.0 us one by one on Zen 4 and 50.6 by fours, (128, 768) 21.5 and 20.7, LayerNorm 18.8 and
+16.9; (512, 1024), all of whose rows fall in the same sets of L1, 101 and 106.
+"""
+
 EDGE = 32
 """Elements that may wait for the start of the next run: as many as the widest lanes hold."""
 
@@ -445,6 +452,21 @@ def _settle_unit(held, n, stats, any_stats, groups, base, eps):
 
 
 @inlined
+def _map(x, held, i):
+    """Return `map_of` a unit's `i`-th group."""
+    return map_of(x, load(held, i), load(held, UNIT_GROUPS + i))
+
+
+@inlined
+def _put(v, y, at, stream):
+    """Write whole lanes, past the caches or into them."""
+    if stream:
+        stream_lanes(v, y, at)
+    else:
+        store_lanes(v, y, at)
+
+
+@inlined
 def _write_rows(x, y, weight, bias, g, base, n, held, stream):
     """Write a unit's `n` rows, all of whole lanes, with weights along them.
 
@@ -453,15 +475,25 @@ def _write_rows(x, y, weight, bias, g, base, n, held, stream):
     """
     step = width_of(no_lanes(x))
     a, b = g.x_start + base * g.x_K0, g.y_start + base * g.R1
-    for i in range(n):
-        hi, gain, shift = map_of(x, load(held, i), load(held, UNIT_GROUPS + i))
-        places = (a, b, np.int64(0))
+    none = np.int64(0)
+    fours = n - n % 4 if g.R1 < ROWS_APART else none  # weights are read once for four rows
+    for i in range(0, fours, 4):
+        of_a, of_b, of_c, of_d = _map(x, held, i), _map(x, held, i + 1), _map(x, held, i + 2), _map(x, held, i + 3)
         for t in range(0, g.R1, step):
-            v = _whole(x, None, None, weight, bias, places, t, hi, gain, shift, stream)
-            if stream:
-                stream_lanes(v, y, b + t)
-            else:
-                store_lanes(v, y, b + t)
+            v_a = _whole(x, None, None, weight, bias, (a, b, none), t, of_a[0], of_a[1], of_a[2], stream)
+            v_b = _whole(x, None, None, weight, bias, (a + g.x_K0, b, none), t, of_b[0], of_b[1], of_b[2], stream)
+            v_c = _whole(x, None, None, weight, bias, (a + 2 * g.x_K0, b, none), t, of_c[0], of_c[1], of_c[2], stream)
+            v_d = _whole(x, None, None, weight, bias, (a + 3 * g.x_K0, b, none), t, of_d[0], of_d[1], of_d[2], stream)
+            _put(v_a, y, b + t, stream)
+            _put(v_b, y, b + g.R1 + t, stream)
+            _put(v_c, y, b + 2 * g.R1 + t, stream)
+            _put(v_d, y, b + 3 * g.R1 + t, stream)
+        a += 4 * g.x_K0
+        b += 4 * g.R1
+    for i in range(fours, n):
+        of = _map(x, held, i)
+        for t in range(0, g.R1, step):
+            _put(_whole(x, None, None, weight, bias, (a, b, none), t, of[0], of[1], of[2], stream), y, b + t, stream)
         a += g.x_K0
         b += g.R1
 
