@@ -36,6 +36,8 @@ from .lanes import (
     prefetch,
     prefetch_near,
     settle_streams,
+    store_lanes,
+    store_part,
     store_some,
     stream_lanes,
     sum_of_lanes,
@@ -210,14 +212,18 @@ def flush(products, p, half, gradients, at, size):
     """Add the products of the last rows to float64 gradients, the second `size` after the first, and clear them."""
     no = no_exact_lanes()
     step = width_of(no)
+    whole = half - half % step
     for row in range(2):
         of = p + row * half
         to = at + row * size
-        for i in range(0, half, step):
-            rest = half - i
-            total = load_some(no, gradients, to + i, rest) + load_some(no, products, of + i, rest)
-            store_some(total, gradients, to + i, rest)
-            store_some(no, products, of + i, rest)
+        for i in range(0, whole, step):
+            store_lanes(load_lanes(no, gradients, to + i) + load_lanes(no, products, of + i), gradients, to + i)
+            store_lanes(no, products, of + i)
+        if whole < half:
+            rest = half - whole
+            total = load_part(no, gradients, to + whole, rest) + load_part(no, products, of + whole, rest)
+            store_part(total, gradients, to + whole, rest)
+            store_part(no, products, of + whole, rest)
 
 
 @scalar
