@@ -30,11 +30,14 @@ with warnings.catch_warnings(record=True) as seen:
     columns.forward.serial, columns.forward.parallel  # their caches opened, nothing compiled
     expected = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5)
     stats = rows.forward.serial.stats
+    from numba.core.registry import cpu_target
+    contexts = vars(cpu_target.typing_context) | vars(cpu_target.target_context)
     print(json.dumps({
         "right": bool(np.abs(y - expected).max() < 1e-5),
         "compiled": sum(stats.cache_misses.values()),
         "loaded": sum(stats.cache_hits.values()),
         "cache": stats.cache_path,
+        "changed": [name for name in ("resolve_function_type", "get_abi_sizeof", "get_function") if name in contexts],
         "warnings": [str(warning.message) for warning in seen],
     }))
 """
@@ -48,9 +51,10 @@ def call(code: str = CALL, **environment: str | Path) -> Any:
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a cache that holds one kernel."""
+    """Return a cache that holds one kernel; what is remembered to compile it is not remembered by Numba itself."""
     folder = tmp_path_factory.mktemp("cache") / "not" / "there"
     found = call(NUMBA_CACHE_DIR=folder)
+    assert found["changed"] == []
     assert (found["compiled"], found["warnings"]) == (1, [])
     assert folder.is_dir()  # made, although it was missing
     return folder
