@@ -271,12 +271,12 @@ def _stream_pairs(
 ):
     """Take all but the last two or three of some long rows, whose dx goes past the caches; return where they begin.
 
-    Memory reads and writes best by turns: (16384, 4096) takes 42 ms so, 54 where a row is summed and then written, 50
-    where four are.
+    On a Xeon memory reads and writes best by turns: (16384, 4096) takes 42 ms so, 54 where a row is summed and then
+    written, 50 where four are. Not on Zen: `launch.BACKWARD_BYTES`.
     """
     k0 = start
     i, one, two = np.int64(0), np.int64(1), np.int64(2)
-    if until_line(dx, start * g.R1) == 0 and stop - start >= 4 and count > 0.0:
+    if until_line(dx, start * g.R1) == 0 and stop - start >= 4:
         _map_rows(maps, i, x, means, rstds, k0, one, two)
         for row in range(2):
             _sum_row(dy, x, weight, maps, sums, row, g, k0 + row, np.int64(0))

@@ -511,7 +511,10 @@ def _forward_tile(unit, x, y, mask, weight, bias, stats, geometry, eps, centred,
 
 @Kernel
 def forward(x, y, mask, weight, bias, stats, geometry, eps, centred, by_row):
-    """Normalize tile by tile: statistics, then output, while the tile is in the cache if it fits."""
+    """Normalize tile by tile: statistics, then output, while the tile is in the cache if it fits.
+
+    `by_row` is None, or True where each row has one weight: the type tells, so that a first call does not wait for it.
+    """
     g = geometry[0]
     for unit in prange(g.K0 * -(-g.lanes // g.tile)):
         _forward_tile(np.int64(unit), x, y, mask, weight, bias, stats, geometry, eps, centred, by_row)

@@ -242,7 +242,7 @@ def _together(g):
 def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradients, geometry, centred):
     """Take the samples of one slab at one k1: sums, then dx, while the group is in the cache."""
     g = geometry[0]
-    along = g.inner == 1  # and masked, or of several runs: the others are `along_backward`'s
+    along = g.inner == 1  # and masked, of several runs or in inference: the others are `along_backward`'s
     together = _together(g)
     steps = -(-g.K1 // together)
     k1 = unit % steps * together
