@@ -55,9 +55,9 @@ and 34.1 with 256.
 """
 
 BACKWARD_NARROW = 64
-"""Elements of a row up to which four are written together, in units of 512, where rows ask ahead.
+"""Elements of a row up to which two are written together, in units of 512, where rows ask ahead.
 
-What four share counts for more there than that memory reads and writes best by turns: on the Xeon (65536, 1024) takes
+What they share counts for more there than that memory reads and writes best by turns: on the Xeon (65536, 1024) takes
 39.5 ms one by one, 47.5 by units of 2048 elements; rows of more than 1024 go by pairs.
 """
 
@@ -208,7 +208,7 @@ def _rows(g: np.void, size: int, itemsize: int) -> None:
 
 
 def _back_groups(g: np.void, itemsize: int) -> int:
-    """Return how many rows `along_backward` sums before it writes their dx: 1, or fours."""
+    """Return how many rows `along_backward` sums before it writes their dx: 1, or a multiple of 4."""
     r1 = int(g["R1"])
     rows = int(g["unit_groups"])
     if g["stream"] and not ASKS_AHEAD:
