@@ -238,7 +238,6 @@ SMALL = {
     "FOLD_LANES": 48,
     "FLUSH": 2,
     "FLUSH_ROWS": 4,
-    "TILE_BYTES": 2048,
     "LONG_RUN": 96,
     "STREAM_FROM": 256,
     "AHEAD_FROM": 128,

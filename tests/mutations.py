@@ -45,6 +45,7 @@ MUTATIONS = [
     ("cpu/along_backward.py", "0 if one else group", "0"),
     ("cpu/along_backward.py", "sums, n, dy_at, g.y_K0, x_at", "sums, n - 1, dy_at, g.y_K0, x_at"),
     ("cpu/along_backward.py", "load(maps, _E + i)", "load(maps, _C + i)"),
+    ("cpu/columns.py", "_add_rows(x, at + TOGETHER * stride,", "_add_rows(x, at + stride,"),
     ("cpu/columns.py", "load_lanes(no, turned, _TURNED + step)", "load_lanes(no, turned, _TURNED)"),
     ("cpu/rows.py", "(a + 3 * g.x_K0, b, none)", "(a + 2 * g.x_K0, b, none)"),
     ("cpu/welford.py", "else bias - low", "else bias + low"),

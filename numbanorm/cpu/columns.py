@@ -55,6 +55,19 @@ _SUMS_ROOM, _MOMENTS_ROOM = 4 * TILE, 12 * TILE
 _PARAMS_ROOM, _TURNED_ROOM, _ROWS_ROOM = 4 * TILE, 3 * _TURNED, TOGETHER * TILE
 
 
+@inlined
+def _add_rows(x, at, stride, part, k, s, q, ahead):
+    """Add a strip of four rows minus the shifts `k` to `s`, and their squares to `q`; ask for those `ahead`."""
+    if ahead != 0:
+        for t in range(TOGETHER):
+            prefetch(k, x, at + t * stride + ahead)
+    a = load_some(k, x, at, part) - k
+    b = load_some(k, x, at + stride, part) - k
+    c = load_some(k, x, at + 2 * stride, part) - k
+    d = load_some(k, x, at + 3 * stride, part) - k
+    return s + ((a + b) + (c + d)), fused(d, d, fused(c, c, fused(b, b, fused(a, a, q))))
+
+
 @elementwise
 def _block_moments(
     sums, moments, into, x, start, stride, rows, width, mask, mask_start, mask_stride, mask_step, centred, ahead
@@ -71,24 +84,21 @@ def _block_moments(
         store_lanes(no, sums, _SQUARES + i)
         store_lanes(no, sums, _SEEN + i)
     whole_rows = 0
-    for r in range(0, rows, TOGETHER):
-        together = least(np.int64(TOGETHER), rows - r)
+    r = 0
+    while r < rows:
+        together = least(rows - r, np.int64(TOGETHER))
+        if ahead == 0 and r + 2 * TOGETHER <= rows:  # beyond L2 memory has enough to do with four
+            together = np.int64(2 * TOGETHER)
         for i in range(0, width, step):
             part = width - i
             k = load_lanes(no, sums, _SHIFT + i)
             s = load_lanes(no, sums, _SUM + i)
             q = load_lanes(no, sums, _SQUARES + i)
             at = start + r * stride + i
-            if mask is None and together == TOGETHER:
-                if ahead != 0:
-                    for t in range(TOGETHER):
-                        prefetch(no, x, at + t * stride + ahead)
-                da = load_some(no, x, at, part) - k
-                db = load_some(no, x, at + stride, part) - k
-                dc = load_some(no, x, at + 2 * stride, part) - k
-                dd = load_some(no, x, at + 3 * stride, part) - k
-                s = s + ((da + db) + (dc + dd))
-                q = fused(dd, dd, fused(dc, dc, fused(db, db, fused(da, da, q))))
+            if mask is None and together >= TOGETHER:
+                s, q = _add_rows(x, at, stride, part, k, s, q, ahead)
+                if together > TOGETHER:
+                    s, q = _add_rows(x, at + TOGETHER * stride, stride, part, k, s, q, ahead)
             else:
                 seen = load_lanes(no, sums, _SEEN + i)
                 for t in range(together):
@@ -108,6 +118,7 @@ def _block_moments(
         for t in range(together):
             if mask is None or (mask_step == 0 and counts(mask, mask_start + (r + t) * mask_stride)):
                 whole_rows += 1
+        r += together
     bad = 0
     for i in range(width):
         n = np.float64(whole_rows) if mask is None else np.float64(load(sums, _SEEN + i)) + np.float64(whole_rows)

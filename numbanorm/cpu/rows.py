@@ -551,7 +551,7 @@ def _forward_span(
         i = np.int64(0)
         if blocks is not None and total is None:
             in_lines = until_line(p_y, g.y_start) == 0
-            if safe and g.by_rows != 0 and (in_lines or g.R1 * y.itemsize <= WHOLE_BYTES):
+            if safe and g.by_rows != 0 and (in_lines or g.stream == 0 or g.R1 * y.itemsize <= WHOLE_BYTES):
                 _write_rows(p_x, p_y, p_weight, p_bias, g, base, after - base, held, g.stream != 0 and in_lines)
                 base = after
                 out0, out1 = k0, k1
