@@ -282,7 +282,9 @@ class Judge:
         sane = np.isfinite(variances) & np.isfinite(means)
         deviation = np.sqrt(np.where(sane, np.abs(variances), 0)) + np.sqrt(np.abs(old[1].reshape(-1)))
         off_mean = self.base * (np.abs(means) + np.abs(old[0].reshape(-1)) + deviation)
-        off_var = 4 * self.base * (np.abs(variances) + np.abs(old[1].reshape(-1)))
+        # As for rstd: means that are merged are kept in so many bits.
+        kept = self.bits * self._largest(self.x).max(initial=0) * deviation
+        off_var = 4 * (self.base * (np.abs(variances) + np.abs(old[1].reshape(-1))) + kept)
         return [
             Result(name, value, given.dtype, np.where(sane, off, 0), sane)
             for name, value, given, off in (
