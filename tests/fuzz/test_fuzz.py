@@ -45,7 +45,7 @@ def fuzz_well(calls: int, *options: str, **own: str) -> None:
 @pytest.mark.slow
 def test_compiled() -> None:
     """`run.py --calls 100000` makes more, of all dtypes."""
-    fuzz_well(600, "--few-dtypes")
+    fuzz_well(300, "--few-dtypes")
 
 
 @pytest.mark.slow
