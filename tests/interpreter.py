@@ -84,6 +84,12 @@ class StandIns:
         return lanes
 
     @staticmethod
+    def load_after(like: np.ndarray, array: np.ndarray, index: int, skip: int) -> np.ndarray:
+        lanes = np.zeros_like(like)
+        lanes[skip:] = _window(array, index + skip, len(like) - skip)
+        return lanes
+
+    @staticmethod
     def store_lanes(lanes: np.ndarray, array: np.ndarray, index: int) -> None:
         _write(lanes, array, index, len(lanes))
 
@@ -91,6 +97,10 @@ class StandIns:
     def store_part(lanes: np.ndarray, array: np.ndarray, index: int, count: int) -> None:
         if count > 0:
             _write(lanes, array, index, min(count, len(lanes)))
+
+    @staticmethod
+    def store_after(lanes: np.ndarray, array: np.ndarray, index: int, skip: int) -> None:
+        _write(lanes[skip:], array, index + skip, len(lanes) - skip)
 
     @staticmethod
     def stream_lanes(lanes: np.ndarray, array: np.ndarray, index: int) -> None:

@@ -211,6 +211,18 @@ def load_part(typing_context, like, array, index, count):
 
 
 @intrinsic
+def load_after(typing_context, like, array, index, skip):
+    """Read the elements from `index` on, but not the first `skip`, in whose place lanes are 0."""
+
+    def generate(context, builder, signature, arguments):
+        chosen = builder.not_(_first(builder, arguments[3], like.width))
+        raw = _read(context, builder, array, arguments[1:3], like.width, chosen)
+        return _convert(builder, raw, element_format(array.dtype), like)
+
+    return like(like, array, types.intp, types.intp), generate
+
+
+@intrinsic
 def store_lanes(typing_context, lanes, array, index):
     """Write the lanes as the elements from `index` on."""
 
@@ -249,22 +261,38 @@ def settle_streams(typing_context):
     return types.none(), generate
 
 
+def _store_chosen(context, builder, lanes, array, arguments, chosen):
+    """Write the chosen lanes as elements."""
+    raw = _unconvert(builder, arguments[0], element_format(array.dtype), lanes)
+    pointer = element_pointer(context, builder, array, *arguments[1:3])
+    stored = pointer.type.pointee
+    size = context.get_abi_sizeof(stored)
+    pointer = builder.bitcast(pointer, raw.type.as_pointer())
+    name = f"llvm.masked.store.v{lanes.width}{'i' if isinstance(stored, ir.IntType) else 'f'}{8 * size}.p0"
+    kind = ir.FunctionType(ir.VoidType(), [raw.type, pointer.type, _I32, chosen.type])
+    function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    builder.call(function, [raw, pointer, ir.Constant(_I32, size), chosen])
+    return context.get_dummy_value()
+
+
 @intrinsic
 def store_part(typing_context, lanes, array, index, count):
     """Write the first `count` lanes as elements, fewer than there are lanes."""
 
     def generate(context, builder, signature, arguments):
-        raw = _unconvert(builder, arguments[0], element_format(array.dtype), lanes)
-        pointer = element_pointer(context, builder, array, *arguments[1:3])
-        stored = pointer.type.pointee
-        size = context.get_abi_sizeof(stored)
-        pointer = builder.bitcast(pointer, raw.type.as_pointer())
-        name = f"llvm.masked.store.v{lanes.width}{'i' if isinstance(stored, ir.IntType) else 'f'}{8 * size}.p0"
         chosen = _first(builder, arguments[3], lanes.width)
-        kind = ir.FunctionType(ir.VoidType(), [raw.type, pointer.type, _I32, chosen.type])
-        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-        builder.call(function, [raw, pointer, ir.Constant(_I32, size), chosen])
-        return context.get_dummy_value()
+        return _store_chosen(context, builder, lanes, array, arguments, chosen)
+
+    return types.none(lanes, array, types.intp, types.intp), generate
+
+
+@intrinsic
+def store_after(typing_context, lanes, array, index, skip):
+    """Write all lanes but the first `skip` as elements: lane j is for `index` + j."""
+
+    def generate(context, builder, signature, arguments):
+        chosen = builder.not_(_first(builder, arguments[3], lanes.width))
+        return _store_chosen(context, builder, lanes, array, arguments, chosen)
 
     return types.none(lanes, array, types.intp, types.intp), generate
 

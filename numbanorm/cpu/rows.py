@@ -18,12 +18,15 @@ from .lanes import (
     blended,
     first_lanes,
     fused,
+    load_after,
     load_lanes,
     load_part,
     load_some,
     no_lanes,
     prefetch,
+    rounded,
     settle_streams,
+    store_after,
     store_lanes,
     store_part,
     store_some,
@@ -126,6 +129,35 @@ def _write_part(x, residual, total, y, weight, bias, places, i, b, part, hi, gai
 
 
 @inlined
+def _joined(x, residual, total, weight, bias, places, held, hi, gain, shift, edge):
+    """Return the `held` elements in `edge` and after them the output of as many as a vector lacks; write their sums.
+
+    These are made in their places and not put into `edge`: to read that again would wait for both of its parts to be
+    written, 85 ns a row of 1024.
+    """
+    a, t, channel = places
+    v = load_after(hi, x, a - held, held)
+    if residual is not None:
+        v = rounded(v + load_after(hi, residual, a - held, held), x)
+    if total is not None:
+        store_after(v, total, t - held, held)
+    d = fused(v - hi, gain, shift)
+    if weight is not None:
+        d = fused(d, load_after(hi, weight, channel - held, held), load_after(hi, bias, channel - held, held))
+    return blended(first_lanes(hi, held), load_lanes(hi, edge, 0), d)
+
+
+@inlined
+def _write_head(x, residual, total, y, weight, bias, places, b, head, hi, gain, shift, edge, joins, held):
+    """Write the first `head` elements of a run at `b` of `y`, after those in `edge` where it joins them."""
+    if joins:
+        v = _joined(x, residual, total, weight, bias, places, held, hi, gain, shift, edge)
+        stream_lanes(v, y, b - held)
+    elif head > 0:
+        _write_part(x, residual, total, y, weight, bias, places, np.int64(0), b, head, hi, gain, shift)
+
+
+@inlined
 def _write(x, residual, total, y, weight, bias, places, b, n, hi, gain, shift, g, edge, carry):
     """Write `n` neighbours of one affine map to `y` from `b` on; return what `edge` holds now.
 
@@ -157,13 +189,8 @@ def _write(x, residual, total, y, weight, bias, places, b, n, hi, gain, shift, g
     elif past or n >= HEAD_FROM:
         head = least(until_line(y, b), n)
     stop = n - (n - head) % step
-    if head > 0:
-        to = edge if joins else y
-        at = held if joins else b
-        _write_part(x, residual, total, to, weight, bias, places, np.int64(0), at, head, hi, gain, shift)
-    if joins:
-        stream_lanes(load_lanes(hi, edge, 0), y, b - held)
-        held = 0
+    _write_head(x, residual, total, y, weight, bias, places, b, head, hi, gain, shift, edge, joins, held)
+    held = 0 if joins else held
     both = stream
     if total is not None:
         both = stream and until_line(total, places[1] + head) == 0
@@ -319,18 +346,12 @@ def _write_ends(x, residual, total, y, weight, bias, g, x_at, group, head, mean,
     joins = held > 0 and after == y_at
     if not joins:
         _write_edge(y, edge, carry)
-    to = edge if joins else y
-    b = held if joins else y_at
     if g.inner == 1:
-        _write_part(x, residual, total, to, weight, bias, places, first, b, head, hi, gain, low)
-    else:
-        gain, shift = _channel_map(x, weight, bias, _channel_of(g, flat), mean, rstd)
-        _write_part(x, residual, total, to, None, None, places, first, b, head, hi, gain, shift)
-    if joins:
-        stream_lanes(load_lanes(hi, edge, 0), y, y_at - held)
-    if g.inner == 1:
+        _write_head(x, residual, total, y, weight, bias, places, y_at, head, hi, gain, low, edge, joins, held)
         _write_part(x, residual, total, edge, weight, bias, places, last, first, rest, hi, gain, low)
     else:
+        gain, shift = _channel_map(x, weight, bias, _channel_of(g, flat), mean, rstd)
+        _write_head(x, residual, total, y, None, None, places, y_at, head, hi, gain, shift, edge, joins, held)
         gain, shift = _channel_map(x, weight, bias, _channel_of(g, flat + last), mean, rstd)
         _write_part(x, residual, total, edge, None, None, places, last, first, rest, hi, gain, shift)
     return y_at + g.R1, rest
