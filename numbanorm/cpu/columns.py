@@ -41,7 +41,11 @@ BLOCK_ROWS = 128
 """Rows a block, and less than twice as many where they are all: 32 to 64 float32 additions a lane between merges."""
 
 TOGETHER = 4
-"""Rows that are taken together, strip by strip, so that what belongs to a lane is loaded once for all of them."""
+"""Rows that are taken together, strip by strip, so that what belongs to a lane is loaded once for all of them.
+
+Sums in the caches take twice as many: GroupNorm (4, 32, 28, 28) channels last 23.1 to 22.3 us on Zen 4; beyond them
+(32, 64, 56, 56) would take a twentieth longer.
+"""
 
 # Offsets in a tile's scratch arrays. One array with constant offsets, not four arrays: LLVM gives up on a vector loop
 # that needs more than eight checks of pointers against each other.

@@ -20,8 +20,8 @@ ALL_DTYPES = (
     *map(np.dtype, ("int32", "uint32", "int64", "uint64")),
     BFLOAT16,
 )
-FEW_DTYPES = (*map(np.dtype, ("float32", "float16", "float64", "bool", "int16", "int64")), BFLOAT16)
-"""Those that stand for each way through the kernels: compiling for all takes minutes."""
+FEW_DTYPES = (*map(np.dtype, ("float32", "float64", "int16")), BFLOAT16)
+"""Those that stand for each way through the kernels, one for each lane and width: compiling for all takes minutes."""
 
 MOST = 1500
 """Elements of an input at most, and bytes of its memory: two strips of the widest lanes, and a block and a half."""

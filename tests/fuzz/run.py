@@ -40,7 +40,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--first", type=int, default=0, help="number of the first call")
     parser.add_argument("--only", type=int, help="make this one call alone, in this process")
     parser.add_argument("--here", action="store_true", help="make the calls in this process")
-    parser.add_argument("--few-dtypes", action="store_true", help="seven dtypes of thirteen: less to compile")
+    parser.add_argument("--few-dtypes", action="store_true", help="four dtypes of thirteen: less to compile")
     parser.add_argument(
         "--shrunk", action="store_true", help="with NUMBA_DISABLE_JIT=1: chunks, tiles, blocks are small"
     )
