@@ -70,7 +70,7 @@ def test_backward_of_each_row_has_the_bits_that_it_has_alone(
     launch_with: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By fours, by pairs or one by one, in whatever units, and with dx from the pool, where it begins with a line."""
+    """By twos, by pairs or one by one, in whatever units, and with dx from the pool, where it begins with a line."""
     rows, size = shape
     x, dy = RNG.standard_normal((2, *shape)).astype(dtype)
     x[5] = 3

@@ -219,7 +219,7 @@ def _emit_two(dy, x, dx, weight, maps, i, products, p, g, k0, k1, head, line):
 def _emit_even_rows(dy, x, dx, weight, maps, i, n, products, p, g, k0, k1, line):
     """Do the same for `n` rows of whole lanes, two by two.
 
-    Without a call for each two rows and what rows of any length need, (1024, 64) takes 26.5 us on Zen 4, not 31.7.
+    (1024, 64) takes 26.5 us so on Zen 4, and 31.7 by fours with a call for each four.
     """
     dy_at, x_at, dx_at = _starts(g, k0, k1)
     dy_step, x_step, dx_step, width = g.y_K0, g.x_K0, g.K1 * g.R1, g.R1
