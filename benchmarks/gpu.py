@@ -416,7 +416,7 @@ def default_path(device: str) -> Path:
 
 def missing() -> str | None:
     """Return why nothing can be measured here."""
-    from numbanorm.backends import cuda_problem
+    from numbanorm.calls.dispatch import cuda_problem
 
     if cuda_problem() is not None:
         return cuda_problem()

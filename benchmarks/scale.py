@@ -142,7 +142,7 @@ def store(y: Any, target: Path) -> None:
 
 
 def ours_statistics(path: Path) -> Any:
-    from numbanorm import files
+    from numbanorm.files import apply as files
 
     moments = files.stats(path, 0)
     return moments.mean, moments.var()
@@ -150,7 +150,7 @@ def ours_statistics(path: Path) -> Any:
 
 def ours(norm: str) -> Callable[[Path, Path], None]:
     def run(path: Path, target: Path) -> None:
-        from numbanorm import files
+        from numbanorm.files import apply as files
 
         files.apply(path, target, norm)
 

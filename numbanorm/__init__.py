@@ -9,7 +9,9 @@ Examples
 (8, 128, 768)
 """
 
-from .config import show_config
+from .calls.config import show_config
+from .core.layout import Layout
+from .core.threads import get_num_threads, set_num_threads
 from .functional import (
     batch_norm,
     batch_norm_backward,
@@ -22,11 +24,9 @@ from .functional import (
     rms_norm,
     rms_norm_backward,
 )
-from .layout import Layout
-from .moments import Moments
-from .norm import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, Norm, RMSNorm
-from .threads import get_num_threads, set_num_threads
-from .warmup import warmup
+from .layers.base import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, Norm, RMSNorm
+from .layers.warmup import warmup
+from .stats.moments import Moments
 
 __version__ = "0.1.0"
 

@@ -10,7 +10,7 @@ _EXTRA = {"click", "rich", "matplotlib"}
 def main() -> None:
     """Run the command line, or say which extra it needs."""
     try:
-        from .cli import cli
+        from .cli.main import cli
 
         cli(prog_name="numbanorm")
     except ModuleNotFoundError as error:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import numbanorm as nn
-from numbanorm import quick
+from numbanorm.calls import quick
 from numbanorm.cpu import launch
 
 # No deadline: the first example of a dtype compiles kernels for seconds.

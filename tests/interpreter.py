@@ -20,9 +20,9 @@ import numba
 import numpy as np
 from numba.core.extending import _Intrinsic
 
+from numbanorm.core.dtypes import format_of
 from numbanorm.cpu import launch
 from numbanorm.cpu.lanes import LINE, WIDTHS
-from numbanorm.dtypes import format_of
 
 _WIDTH = {np.dtype(np.float32): WIDTHS[numba.float32], np.dtype(np.float64): WIDTHS[numba.float64]}
 

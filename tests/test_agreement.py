@@ -14,7 +14,7 @@ from test_sync import in_threads
 from tolerances import FLOAT32, FLOAT64
 
 import numbanorm as nn
-from numbanorm import files
+from numbanorm.files import apply as files
 
 da = pytest.importorskip("dask.array")
 

@@ -20,7 +20,7 @@ from reference import ARRANGEMENTS, error, normal
 from training_tolerances import FINITE_DIFFERENCES, GRADIENT_FLOAT32, GRADIENT_FLOAT64, SUM_FLOAT32, SUM_OF_EQUALS
 
 import numbanorm as nn
-from numbanorm import cpu
+from numbanorm.cpu import backend as cpu
 
 every_arrangement = pytest.mark.parametrize("name", ARRANGEMENTS)
 WEIGHT_DTYPES = ["float16", "bfloat16", "float32", "float64"]

@@ -15,11 +15,11 @@ from click.testing import CliRunner, Result
 from rich.console import Console
 
 import numbanorm as nn
-from numbanorm import demo
-from numbanorm.cli import cli
-from numbanorm.config import config, show_config
-from numbanorm.explain import Case, Reading, describe
-from numbanorm.layout import NORMS
+from numbanorm.calls.config import config, show_config
+from numbanorm.cli import demo
+from numbanorm.cli.explain import Case, Reading, describe
+from numbanorm.cli.main import cli
+from numbanorm.core.layout import NORMS
 
 
 def run(*arguments: str, columns: int = 100) -> Result:

@@ -15,7 +15,7 @@ from reference import normal
 from tolerances import FLOAT32, FLOAT64, MOMENTS, STATISTICS_FLOAT32
 
 import numbanorm as nn
-from numbanorm import threads as kernel_threads
+from numbanorm.core import threads as kernel_threads
 
 dask = pytest.importorskip("dask")
 da = pytest.importorskip("dask.array")

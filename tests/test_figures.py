@@ -13,9 +13,9 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from numbanorm import figures
-from numbanorm.explain import TEXTBOOK, Case, Reading
-from numbanorm.figures import MEAN, OTHER, WEIGHT, Block, draw, save
+from numbanorm.cli import figures
+from numbanorm.cli.explain import TEXTBOOK, Case, Reading
+from numbanorm.cli.figures import MEAN, OTHER, WEIGHT, Block, draw, save
 
 # (norm, shape, channel axis, options, shares the first mean, shares the first weight), of the indices n, c, s where s
 # counts along the space axes: written from the definitions of the papers.

@@ -20,9 +20,10 @@ from reference import normal
 from tolerances import FLOAT32, FLOAT64
 
 import numbanorm as nn
-from numbanorm import files, stores
-from numbanorm import threads as kernel_threads
-from numbanorm.cli import cli
+from numbanorm.cli.main import cli
+from numbanorm.core import threads as kernel_threads
+from numbanorm.files import apply as files
+from numbanorm.files import stores
 
 NORMS = ("batch", "layer", "instance", "group", "rms")
 

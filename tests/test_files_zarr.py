@@ -14,7 +14,7 @@ from reference import normal
 from tolerances import FLOAT32
 
 import numbanorm as nn
-from numbanorm import files
+from numbanorm.files import apply as files
 
 zarr = pytest.importorskip("zarr", minversion="3")
 zarr_store = pytest.importorskip("numbanorm.zarr_store")

@@ -18,7 +18,7 @@ from reference import moments as exact
 from tolerances import FLOAT32, FLOAT64, MOMENTS
 
 import numbanorm as nn
-from numbanorm import fitting
+from numbanorm.stats import fit as fitting
 
 FLOAT64_FAR = 4e-10
 """Beside FLOAT64, for a mean of 1e6 and a standard deviation of 1: three units in the last place of the mean. The call

@@ -18,7 +18,8 @@ import pytest
 from reference import normal
 
 import numbanorm as nn
-from numbanorm import atomic, files
+from numbanorm.files import apply as files
+from numbanorm.files import atomic
 
 CODE = """
 import sys, time

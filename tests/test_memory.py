@@ -11,7 +11,8 @@ from allocations import Allocations
 from reference import normal
 
 import numbanorm as nn
-from numbanorm import cpu, plan, pool
+from numbanorm.core import plan, pool
+from numbanorm.cpu import backend as cpu
 from numbanorm.cpu import launch
 
 CHANNELS = 6

@@ -10,9 +10,9 @@ import pytest
 from placing import begin_at
 
 import numbanorm as nn
+from numbanorm.core.plan import plan
+from numbanorm.core.pool import POOL
 from numbanorm.cpu import launch
-from numbanorm.plan import plan
-from numbanorm.pool import POOL
 
 RNG = np.random.default_rng(7)
 

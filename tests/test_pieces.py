@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import numbanorm as nn
-from numbanorm import pieces
+from numbanorm.stats import partials as pieces
 
 CHANNEL_SHAPES = [((6, 5, 7, 9), 1), ((6, 7, 9, 5), -1), ((40, 70), 1), ((6, 5, 3), 1), ((5, 6, 40), 0)]
 

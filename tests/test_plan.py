@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from numbanorm import arrays
-from numbanorm.plan import SHORT_RUN, Placement, Plan, memory_order, plan
+from numbanorm.calls import arrays
+from numbanorm.core.plan import SHORT_RUN, Placement, Plan, memory_order, plan
 
 Options = tuple[int, int | None, tuple[int, ...] | None]
 

@@ -13,7 +13,7 @@ import pytest
 from processes import run
 
 import numbanorm as nn
-from numbanorm.pool import ALIGNMENT, APART, PAGE, SMALLEST, Pool, limit_from
+from numbanorm.core.pool import ALIGNMENT, APART, PAGE, SMALLEST, Pool, limit_from
 
 SHAPE = (1024, 2200)  # 8.6 MiB of float32: leased
 SMALL = (1024, 1100)  # 4.3 MiB: references are counted

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import numbanorm as nn
+from numbanorm.core.plan import plan
 from numbanorm.cpu import launch
-from numbanorm.plan import plan
 
 RNG = np.random.default_rng(5)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

@@ -10,7 +10,8 @@ import pytest
 from placing import begin_at
 
 import numbanorm as nn
-from numbanorm import pool, quick
+from numbanorm.calls import quick
+from numbanorm.core import pool
 
 RNG = np.random.default_rng(11)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

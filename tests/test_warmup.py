@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 import numbanorm as nn
-from numbanorm.cli import cli
+from numbanorm.cli.main import cli
 
 COUNT_COMPILED = """
 import numpy as np, numbanorm as nn

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from ..plan import COUNT, M2, MEAN, RSTD
+from ..core.plan import COUNT, M2, MEAN, RSTD
 from .dtypes import counts, lane, load, pointer, room, store
 from .jit import Kernel, elementwise, inlined, scalar
 from .lanes import (

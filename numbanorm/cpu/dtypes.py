@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import config, types
 from numba.extending import intrinsic
 
-from ..dtypes import NARROW, format_of
+from ..core.dtypes import NARROW, format_of
 
 LINE = 64
 """Bytes of a cache line."""

@@ -18,7 +18,7 @@ from numba.core.typed_passes import NativeLowering, NopythonRewrites
 from numba.core.types import Function
 from numba.core.untyped_passes import InlineClosureLikes
 
-from ..stamp import stamp_of
+from ..core.stamp import stamp_of
 
 
 class _Part(JITCodeLibrary):

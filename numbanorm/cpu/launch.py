@@ -13,7 +13,7 @@ import numpy as np
 from llvmlite.binding import get_host_cpu_name
 from numba import config
 
-from ..plan import Placement, Plan
+from ..core.plan import Placement, Plan
 from .columns import BLOCK_ROWS, TILE
 from .rows import AHEAD, AHEAD_NEAR, ROWS_APART
 from .sums import TOGETHER, UNIT_GROUPS

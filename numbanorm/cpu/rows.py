@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from ..plan import COUNT, M2, MEAN, RSTD
+from ..core.plan import COUNT, M2, MEAN, RSTD
 from .dtypes import counts, lane, load, pointer, room, store
 from .jit import Kernel, inlined, scalar
 from .lanes import (

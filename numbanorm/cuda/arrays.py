@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..arrays import as_output
+from ..calls.arrays import as_output
 
 if TYPE_CHECKING:
     from .libraries import Library

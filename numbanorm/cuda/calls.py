@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from .. import cuda as backend
-from ..arrays import as_mask
-from ..checks import check_eps, check_momentum, integer
-from ..dtypes import Format, format_of, is_float
-from ..layout import Layout
-from ..plan import RSTD, Options
-from . import devices, running
+from ..calls.arrays import as_mask
+from ..calls.check import check_eps, check_momentum, integer
+from ..core.dtypes import Format, format_of, is_float
+from ..core.layout import Layout
+from ..core.plan import RSTD, Options
+from . import backend, devices, running
 from .arrays import DeviceArray, apart, contiguous, ghost
 from .copying import copy, fill
 from .libraries import library_of, read, read_beside

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..plan import Plan
+from ..core.plan import Plan
 from . import lanes as ln
 from . import launch, memory
 from .launch import Call, Columns, item_size

@@ -11,7 +11,7 @@ from functools import cache
 
 import numpy as np
 
-from ..plan import Plan
+from ..core.plan import Plan
 from . import lanes as ln
 from . import memory
 from .columns import identity, spread

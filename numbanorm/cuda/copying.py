@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..dtypes import WIDE
+from ..core.dtypes import WIDE
 from .arrays import DeviceArray, Strided
 from .lanes import I64, narrowed, tile
 from .launch import item_size

@@ -9,8 +9,8 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-from ..dtypes import NARROW
-from ..plan import Placement, Plan
+from ..core.dtypes import NARROW
+from ..core.plan import Placement, Plan
 
 WARP = 32
 """Threads of a warp."""

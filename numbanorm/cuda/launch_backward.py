@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-from ..plan import Plan
+from ..core.plan import Plan
 from .launch import (
     CLUSTER,
     LADDER,

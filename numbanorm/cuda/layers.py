@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..backends import on_cuda
-from ..checks import check_eps, normalized_axes
-from ..dtypes import Format, is_float
+from ..calls.check import check_eps, normalized_axes
+from ..calls.dispatch import on_cuda
+from ..core.dtypes import Format, is_float
 from . import calls, devices
 from .arrays import DeviceArray, share_memory
 from .copying import copy
@@ -17,7 +17,7 @@ from .scratch import scratch_of
 from .transfer import to_device, to_host
 
 if TYPE_CHECKING:
-    from ..norm import Norm
+    from ..layers.base import Norm
 
 
 _ARRAYS = ("weight", "bias", "running_mean", "running_var")
@@ -101,7 +101,7 @@ def _tracked(layer: Any, x: DeviceArray, mask: Any, out: Any) -> calls.Call:
 
 def _last(call: calls.Call, x: Any, mask: Any) -> Any:
     """Return what backward needs: the statistics as addresses, for which no array has to be made."""
-    from ..norm import _Last
+    from ..layers.base import _Last
 
     stats = call.stats
     assert stats is not None

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..dtypes import NARROW, WIDE
+from ..core.dtypes import NARROW, WIDE
 from . import devices
 from .arrays import DeviceArray, Interface, Strided, contiguous, strided
 from .toolchain import cuda

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from ..backends import on_cuda
-from ..calls import given_statistic
-from ..dtypes import Format
-from ..plan import COUNT, MEAN, RSTD, Options
+from ..calls.dispatch import on_cuda
+from ..calls.host import given_statistic
+from ..core.dtypes import Format
+from ..core.plan import COUNT, MEAN, RSTD, Options
 from .arrays import DeviceArray, contiguous
 from .calls import Call, as_input
 from .libraries import read

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..arrays import as_mask, as_output
-from ..calls import public_statistic
-from ..dtypes import format_of, is_float
-from ..layout import Layout
-from ..plan import MEAN, RSTD, Options, Placement, Plan, memory_order, plan
+from ..calls.arrays import as_mask, as_output
+from ..calls.host import public_statistic
+from ..core.dtypes import format_of, is_float
+from ..core.layout import Layout
+from ..core.plan import MEAN, RSTD, Options, Placement, Plan, memory_order, plan
 from .arrays import Strided, Strides, contiguous, ghost, strided
 from .copying import Copy, copying
 

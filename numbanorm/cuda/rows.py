@@ -11,24 +11,13 @@ from functools import cache, lru_cache
 
 import numpy as np
 
-from ..plan import Plan
+from ..core.plan import Plan
 from . import lanes as ln
 from . import launch, memory
 from .launch import Call, Launch, Rows, item_size
 from .memory import Span
 from .toolchain import Kernel, cuda, device, has_clusters, types
-from .welford import (
-    ALL,
-    WARP,
-    around_mean,
-    gain_for_rstd,
-    gain_of,
-    inverse_gain,
-    moments,
-    rstd_function,
-    team,
-    trust,
-)
+from .welford import ALL, WARP, around_mean, gain_for_rstd, gain_of, inverse_gain, moments, rstd_function, team, trust
 
 
 @cache

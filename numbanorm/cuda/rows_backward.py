@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from ..plan import Plan
+from ..core.plan import Plan
 from . import lanes as ln
 from . import memory, sums
 from .launch import Call, item_size

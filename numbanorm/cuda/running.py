@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..plan import COUNT, M2, MEAN, RSTD
+from ..core.plan import COUNT, M2, MEAN, RSTD
 from .arrays import DeviceArray
 from .lanes import fold, tile
 from .memory import Span, loader, read_number, storer, write_number

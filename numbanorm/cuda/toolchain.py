@@ -27,7 +27,7 @@ try:
 except ImportError as _error:
     raise ImportError('CUDA arrays need numba-cuda, which is not installed: pip install "numbanorm[cuda]"') from _error
 
-from ..stamp import stamp_of
+from ..core.stamp import stamp_of
 
 __all__ = [
     "SIMULATED",

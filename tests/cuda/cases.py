@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from numbanorm import cuda
-from numbanorm.dtypes import format_of
-from numbanorm.plan import COUNT, M2, MEAN, RSTD, Plan, plan
+from numbanorm.core.dtypes import format_of
+from numbanorm.core.plan import COUNT, M2, MEAN, RSTD, Plan, plan
+from numbanorm.cuda import backend as cuda
 
 LONG = np.longdouble
 

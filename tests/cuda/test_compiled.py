@@ -18,10 +18,10 @@ if toolchain.SIMULATED:
 
 from compiled import ARCHITECTURES, Compiled, compiled  # noqa: E402
 
+from numbanorm.core.plan import Plan, plan  # noqa: E402
 from numbanorm.cuda import columns, columns_backward, launch, launch_backward, rows, rows_backward, sums  # noqa: E402
 from numbanorm.cuda.launch import Call, Columns, Rows  # noqa: E402
 from numbanorm.cuda.launch_backward import Backward  # noqa: E402
-from numbanorm.plan import Plan, plan  # noqa: E402
 
 WIDTHS = [rung.elements for rung in launch.LADDER]
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}

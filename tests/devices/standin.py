@@ -19,8 +19,8 @@ import simulator
 from numba import cuda
 from numpy.lib.array_utils import byte_bounds
 
-import numbanorm.cuda as backend
-from numbanorm import cpu
+import numbanorm.cuda.backend as backend
+from numbanorm.cpu import backend as cpu
 from numbanorm.cuda import copying
 from numbanorm.cuda.memory import Span
 from numbanorm.cuda.toolchain import Kernel

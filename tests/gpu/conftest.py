@@ -76,7 +76,7 @@ def _stand_in() -> Library:
 
 
 def _reason() -> str | None:
-    from numbanorm.backends import cuda_problem
+    from numbanorm.calls.dispatch import cuda_problem
 
     return cuda_problem()
 

@@ -11,41 +11,10 @@ from functools import cached_property, lru_cache
 from math import prod
 from typing import Any
 
-SAMPLE, GROUP, CHANNEL, SPACE, OUTER, NORMALIZED = "sample", "group", "channel", "space", "outer", "normalized"
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One row of the table of norms.
-
-    Attributes
-    ----------
-    reduced : frozenset of str
-        Roles of the axes whose elements share a mean and a variance.
-    by_channel : bool
-        True: the axes are sample, channel and space. False: they are outer and normalized.
-    centred : bool
-        False: the mean is left out, as in RMSNorm.
-    """
-
-    reduced: frozenset[str]
-    by_channel: bool = True
-    centred: bool = True
-
-
-NORMS = {
-    "batch": Rule(frozenset({SAMPLE, SPACE})),
-    "instance": Rule(frozenset({SPACE})),
-    "group": Rule(frozenset({CHANNEL, SPACE})),
-    "layer": Rule(frozenset({NORMALIZED}), by_channel=False),
-    "rms": Rule(frozenset({NORMALIZED}), by_channel=False, centred=False),
-}
-"""Every norm: a new one is a row here."""
+from .norms import CHANNEL, GROUP, NORMALIZED, NORMS, OUTER, SAMPLE, SPACE, NormRecord, record_of
 
 MOST_GROUPS_OF_NOTHING = 1 << 16
 """Groups of 0 channels at most: every number divides 0, but statistics of 2**63 groups fit into no memory."""
-
-_AFFINE = {GROUP, CHANNEL, NORMALIZED}
 
 
 @dataclass(frozen=True)
@@ -56,10 +25,7 @@ class _Axis:
     role: str
     axis: int  # of the shape
     reduced: bool
-
-    @property
-    def affine(self) -> bool:
-        return self.role in _AFFINE
+    affine: bool
 
 
 @dataclass(frozen=True)
@@ -73,7 +39,7 @@ class Layout:
     Attributes
     ----------
     norm : str
-        ``"batch"``, ``"layer"``, ``"instance"``, ``"group"`` or ``"rms"``.
+        A key of `numbanorm.core.norms.NORMS`.
     shape : tuple of int
         Shape of the array.
     order : tuple of int
@@ -132,7 +98,7 @@ class Layout:
         Parameters
         ----------
         norm : str
-            A key of `NORMS`.
+            A key of `numbanorm.core.norms.NORMS`.
         shape : tuple of int
             Shape of the array.
         channel_axis : int, optional
@@ -154,9 +120,7 @@ class Layout:
         ValueError
             If the norm is unknown, or axes or groups do not fit the shape.
         """
-        if norm not in NORMS:
-            raise ValueError(f"norm: expected one of {', '.join(map(repr, NORMS))}, got {norm!r}")
-        rule = NORMS[norm]
+        rule = record_of(norm)
         if rule.by_channel:
             axes = _by_channel(rule, shape, channel_axis, num_groups)
         else:
@@ -173,12 +137,12 @@ class Layout:
         view, inner, size = maps
         kept = [a for a in axes if not a.reduced]
         weighted = [a for a in axes if a.affine]
+        affine_shape: tuple[int, ...] = tuple(a.length for a in weighted)
         if rule.by_channel:
             stats_shape = tuple(a.length for a in kept)
-            affine_shape: tuple[int, ...] = (prod(a.length for a in weighted),)
+            affine_shape = (prod(affine_shape),) if weighted else ()
         else:
             stats_shape = tuple(1 if a.reduced else a.length for a in sorted(axes, key=lambda a: a.axis))
-            affine_shape = tuple(a.length for a in weighted)
         kept_in_memory = [a for a in memory if not a.reduced]
         weighted_in_memory = [a for a in memory if a.affine]
         return cls(
@@ -207,8 +171,13 @@ class Layout:
         return self.view[0] * self.view[2]
 
     @property
+    def record(self) -> NormRecord:
+        """What is to be known of the norm."""
+        return NORMS[self.norm]
+
+    @property
     def centred(self) -> bool:
-        """Whether a mean is subtracted: False for RMSNorm."""
+        """Whether a mean is subtracted."""
         return NORMS[self.norm].centred
 
     @property
@@ -240,7 +209,7 @@ class Layout:
         return _reorder(channel, lengths, back)
 
 
-def _by_channel(rule: Rule, shape: tuple[int, ...], channel_axis: int, num_groups: int | None) -> list[_Axis]:
+def _by_channel(rule: NormRecord, shape: tuple[int, ...], channel_axis: int, num_groups: int | None) -> list[_Axis]:
     """Name the axes (samples, channels, space): samples first, then groups and channels, as statistics are shaped."""
     ndim = len(shape)
     if ndim < 2:
@@ -259,17 +228,17 @@ def _by_channel(rule: Rule, shape: tuple[int, ...], channel_axis: int, num_group
     named = [(shape[sample_axis], SAMPLE, sample_axis)]
     named += [(length, role, channel_axis) for length, role in parts]
     named += [(shape[a], SPACE, a) for a in range(ndim) if a not in (sample_axis, channel_axis)]
-    return [_Axis(length, role, axis, role in rule.reduced) for length, role, axis in named]
+    return [_Axis(length, role, axis, role in rule.reduced, role in rule.affine_roles) for length, role, axis in named]
 
 
-def _by_normalized(rule: Rule, shape: tuple[int, ...], axis: tuple[int, ...] | None) -> list[_Axis]:
+def _by_normalized(rule: NormRecord, shape: tuple[int, ...], axis: tuple[int, ...] | None) -> list[_Axis]:
     """Name the axes (outer, normalized): the normalized ones last and in the order of `axis`, as weights are shaped."""
     ndim = len(shape)
     if not axis or any(not -ndim <= a < ndim for a in axis) or len({a % ndim for a in axis}) < len(axis):
         raise ValueError(f"axis: expected one or more different axes of shape {shape}, got {axis}")
     normalized = [a % ndim for a in axis]
     named = [(a, OUTER) for a in range(ndim) if a not in normalized] + [(a, NORMALIZED) for a in normalized]
-    return [_Axis(shape[a], role, a, role in rule.reduced) for a, role in named]
+    return [_Axis(shape[a], role, a, role in rule.reduced, role in rule.affine_roles) for a, role in named]
 
 
 def _maps(memory: list[_Axis]) -> tuple[tuple[int, int, int, int], int, int] | None:

@@ -8,12 +8,12 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
-from . import arrays, fitting, quick
-from . import sync as synchronized
-from .backends import calls_for, cuda_module, cuda_problem, on_cuda, uses_cuda, uses_dask
-from .checks import check_eps, check_momentum, integer, lengths, normalized_axes, positive
-from .dtypes import is_float
-from .functional import (
+from ..calls import arrays, quick
+from ..calls.check import check_eps, check_momentum, integer, lengths, normalized_axes, positive
+from ..calls.dispatch import calls_for, cuda_module, cuda_problem, on_cuda, uses_cuda, uses_dask
+from ..core.dtypes import is_float
+from ..core.layout import Layout
+from ..functional.forward import (
     batch_norm,
     batch_norm_backward,
     group_norm,
@@ -25,8 +25,9 @@ from .functional import (
     rms_norm,
     rms_norm_backward,
 )
-from .layout import Layout
-from .moments import Moments
+from ..stats import fit as fitting
+from ..stats import sync as synchronized
+from ..stats.moments import Moments
 
 
 class _Dispatch(type):

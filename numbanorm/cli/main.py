@@ -17,9 +17,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from ..core.norms import NORMS
+from ..stats.moments import Moments
 from .explain import TEXTBOOK, Case, Reading, compare, describe
-from .layout import NORMS
-from .moments import Moments
 
 _WIDTH = 100  # longer lines are hard to read
 _MOST_ROWS = 20  # of a table of statistics
@@ -143,7 +143,7 @@ def apply(
 
     Neither has to fit in memory. OUT appears, or is replaced, when all of it is on the disk.
     """
-    from . import files
+    from .. import files
 
     with _one_line_errors(), _progress("normalizing") as show:
         files.apply(
@@ -169,7 +169,7 @@ def apply(
 @click.option("--json", "as_json", is_flag=True, help="Print all of them as JSON.")
 def stats(source: Path, axis: str | None, save: Path | None, as_json: bool) -> None:
     """Take count, mean, variance and standard deviation of the array in IN, a .npy file or a Zarr folder."""
-    from . import files
+    from .. import files
 
     with _one_line_errors():
         axes = None if axis is None else _integers("--axis", axis)
@@ -186,7 +186,7 @@ def stats(source: Path, axis: str | None, save: Path | None, as_json: bool) -> N
 @cli.command(short_help="Show versions, processor, threads and cache.")
 def info() -> None:
     """Show versions, processor, threads and the kernels' cache on disk."""
-    from .config import config
+    from ..calls.config import config
 
     _print_pairs(_console(), config().items())
 
@@ -199,7 +199,7 @@ def warmup(norms: str, dtypes: str, forward: bool) -> None:
     """Compile the kernels ahead, into the cache on disk, so that no program has to wait for them."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from .warmup import warmup as compile_ahead
+    from ..layers.warmup import warmup as compile_ahead
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     console = _console()

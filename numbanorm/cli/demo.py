@@ -16,8 +16,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .norm import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, Norm, RMSNorm
-from .threads import get_num_threads, set_num_threads
+from ..core.threads import get_num_threads, set_num_threads
+from ..layers.base import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, Norm, RMSNorm
 
 Array = NDArray[Any]
 
@@ -43,7 +43,7 @@ def load(name: str) -> dict[str, Array]:
     >>> load("astronaut_patches")["x"].shape
     (16, 3, 64, 64)
     """
-    with resources.files(__package__).joinpath("data", f"{name}.npz").open("rb") as file, np.load(file) as arrays:
+    with resources.files("numbanorm").joinpath("data", f"{name}.npz").open("rb") as file, np.load(file) as arrays:
         return dict(arrays)
 
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from .backends import cpu_backend
-from .calls import ROWS_OF, public_statistic
-from .checks import integer, is_key, normalized_axes
-from .dtypes import Format, format_of
-from .plan import Options, Plan, plan
-from .pool import POOL, SMALLEST
-from .threads import usable_threads
+from ..core.dtypes import Format, format_of
+from ..core.plan import Options, Plan, plan
+from ..core.pool import POOL, SMALLEST
+from ..core.threads import usable_threads
+from .check import integer, is_key, normalized_axes
+from .dispatch import cpu_backend
+from .host import ROWS_OF, public_statistic
 
 __all__ = [
     "Bound",

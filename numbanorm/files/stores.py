@@ -16,8 +16,8 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
+from ..core.dtypes import float_dtype, format_of
 from .blocks import Region
-from .dtypes import float_dtype, format_of
 
 
 class Source(Protocol):
@@ -79,7 +79,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     if not place.exists():
         raise FileNotFoundError(f"source: there is no file {str(place)!r}")
     if place.is_dir():
-        from .zarr_store import ZarrSource
+        from .zarr import ZarrSource
 
         return ZarrSource(place)
     return NpySource(place)

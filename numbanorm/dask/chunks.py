@@ -11,13 +11,14 @@ from dask.array.utils import meta_from_array
 from dask.base import tokenize
 from dask.graph_manipulation import bind
 
-from . import arrays, pieces
-from .backends import calls_for, cuda_module, uses_cuda
-from .dtypes import Format, format_of, is_float
-from .layout import Layout
-from .moments import _precise, _two_sum
-from .plan import Options
-from .threads import serial
+from ..calls import arrays
+from ..calls.dispatch import calls_for, cuda_module, uses_cuda
+from ..core.dtypes import Format, format_of, is_float
+from ..core.layout import Layout
+from ..core.plan import Options
+from ..core.threads import serial
+from ..stats import partials as pieces
+from ..stats.moments import _precise, _two_sum
 
 PARTS = np.dtype([(name, np.float64) for name in ("count", "mean", "m2", "low")])
 """What is known of the elements that share a mean, within a chunk or merged; their mean is `mean` + `low`."""

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from .layout import NORMS, Layout
+from ..core.layout import Layout
+from ..core.norms import NORMS
 
 TITLES = {
     "batch": "BatchNorm",

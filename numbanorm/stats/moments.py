@@ -8,12 +8,12 @@ from typing import Any, Self
 
 import numpy as np
 
-from . import arrays
-from .backends import cpu_backend, cuda_module, dask_calls, uses_cuda, uses_dask
-from .calls import public_statistic
-from .checks import integers
-from .layout import Layout
-from .plan import COUNT, M2, MEAN, plan
+from ..calls import arrays
+from ..calls.check import integers
+from ..calls.dispatch import cpu_backend, cuda_module, dask_calls, uses_cuda, uses_dask
+from ..calls.host import public_statistic
+from ..core.layout import Layout
+from ..core.plan import COUNT, M2, MEAN, plan
 
 
 class Moments:

@@ -20,17 +20,18 @@ from typing import Any
 
 import numpy as np
 
-from . import arrays, pieces
+from ..calls import arrays
+from ..calls.check import check_eps, integer, integers, normalized_axes, positive
+from ..calls.host import Call
+from ..core.dtypes import Format, format_of
+from ..core.layout import Layout
+from ..core.plan import Options
+from ..core.threads import serial
+from ..stats import partials as pieces
+from ..stats.moments import Moments
 from .atomic import check_target, replacing
 from .blocks import RUN, Axes, Region, regions, whole
-from .calls import Call
-from .checks import check_eps, integer, integers, normalized_axes, positive
-from .dtypes import Format, format_of
-from .layout import Layout
-from .moments import Moments
-from .plan import Options
 from .stores import NpySink, Sink, Source, is_zarr, open_source
-from .threads import serial
 
 __all__ = ["apply", "stats"]
 
@@ -481,7 +482,7 @@ def _length(part: slice) -> int:
 
 def _sink(scratch: Path, as_zarr: bool, file: Source, dtype: np.dtype[Any], unit: tuple[int, ...]) -> Sink:
     if as_zarr:
-        from .zarr_store import ZarrSink
+        from .zarr import ZarrSink
 
         return ZarrSink(scratch, file, dtype, unit)
     return NpySink(scratch, file.shape, dtype, file.order)

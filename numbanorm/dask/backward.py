@@ -15,13 +15,13 @@ import dask.array as da
 import numpy as np
 from dask.array.utils import meta_from_array
 
-from . import pieces
-from .arrays import as_array
-from .backends import calls_for, cuda_module
-from .dask_chunks import Call, Statistics, after, as_input, beside, on_device, to_host
-from .dtypes import Format, is_float
-from .plan import Options
-from .threads import serial
+from ..calls.arrays import as_array
+from ..calls.dispatch import calls_for, cuda_module
+from ..core.dtypes import Format, is_float
+from ..core.plan import Options
+from ..core.threads import serial
+from ..stats import partials as pieces
+from .chunks import Call, Statistics, after, as_input, beside, on_device, to_host
 
 
 def run_backward(

@@ -48,15 +48,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from . import arrays, pieces
-from .calls import Call, _Running
-from .checks import check_eps, check_momentum
-from .fitting import moments_of
+from ..calls import arrays
+from ..calls.check import check_eps, check_momentum
+from ..calls.host import Call, _Running
+from ..core.plan import COUNT, M2, MEAN, RSTD, Options
+from . import partials as pieces
+from .fit import moments_of
 from .moments import Moments
-from .plan import COUNT, M2, MEAN, RSTD, Options
 
 if TYPE_CHECKING:
-    from .norm import BatchNorm
+    from ..layers.base import BatchNorm
 
 
 class Shared(NamedTuple):

@@ -11,9 +11,9 @@ from typing import Any
 import llvmlite.binding
 import numba
 
-from .backends import cuda_module, cuda_problem
-from .pool import POOL
-from .threads import get_num_threads
+from ..core.pool import POOL
+from ..core.threads import get_num_threads
+from .dispatch import cuda_module, cuda_problem
 
 _numba: Any = numba  # its own annotations leave out what is asked of it here
 _OPTIONAL = ("ml_dtypes", "click", "rich", "matplotlib")
@@ -91,7 +91,7 @@ def _threading_layer() -> str:
 
 
 def _cache() -> str:
-    from .cpu import rows
+    from ..cpu import rows
 
     kernel: Any = rows.forward.serial
     if kernel.stats.cache_path is None:

@@ -19,14 +19,14 @@ from typing import Any
 import dask.array as da
 import numpy as np
 
-from .calls import _Running
-from .checks import check_eps, check_momentum, integer, integers
-from .dask_backward import run_backward
-from .dask_chunks import Call, Statistics, as_input, as_mask, merged, with_residual
-from .dtypes import Format
-from .layout import Layout
-from .moments import Moments
-from .plan import MEAN, RSTD, Options
+from ..calls.check import check_eps, check_momentum, integer, integers
+from ..calls.host import _Running
+from ..core.dtypes import Format
+from ..core.layout import Layout
+from ..core.plan import MEAN, RSTD, Options
+from ..stats.moments import Moments
+from .backward import run_backward
+from .chunks import Call, Statistics, as_input, as_mask, merged, with_residual
 
 __all__ = ["as_input", "computed", "moments", "run", "run_backward", "run_tracked"]
 

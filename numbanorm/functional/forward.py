@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import quick
-from .backends import calls_for
-from .checks import check_eps, integer, normalized_axes
+from ..calls import quick
+from ..calls.check import check_eps, integer, normalized_axes
+from ..calls.dispatch import calls_for
 
 
 def batch_norm(

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from ..core.dtypes import Format, is_float
+from ..core.layout import Layout
+from ..core.plan import COUNT, M2, MEAN, RSTD, Options, plan
 from . import arrays
 from .arrays import as_input
-from .backends import cpu_backend
-from .checks import check_eps, check_momentum, integer
-from .dtypes import Format, is_float
-from .layout import Layout
-from .plan import COUNT, M2, MEAN, RSTD, Options, plan
+from .check import check_eps, check_momentum, integer
+from .dispatch import cpu_backend
 
 __all__ = ["as_input", "run", "run_backward", "run_tracked"]
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from .dtypes import float_dtype
-from .layout import NORMS
-from .norm import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, Norm, RMSNorm
-from .threads import serial
+from ..core.dtypes import float_dtype
+from ..core.norms import NORMS
+from ..core.threads import serial
+from .base import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, Norm, RMSNorm
 
 _CHANNELS = 8
 _SMALL = 16

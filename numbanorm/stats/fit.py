@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import arrays
-from .backends import on_cuda, uses_dask
+from ..calls import arrays
+from ..calls.dispatch import on_cuda, uses_dask
 from .moments import Moments
 
 if TYPE_CHECKING:
-    from .norm import BatchNorm
+    from ..layers.base import BatchNorm
 
 BLOCK_BYTES = 8 << 20
 """Bytes of an array taken at once. Channels of short runs are read once for each channel, from a cache if they fit in

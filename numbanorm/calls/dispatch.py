@@ -65,7 +65,7 @@ def on_cuda(value: Any) -> bool:
 def cuda_problem() -> str | None:
     """Return why nothing here serves CUDA arrays, and what to do about it; None if they are served."""
     try:
-        from .cuda import toolchain
+        from ..cuda import toolchain
     except ImportError as error:
         return str(error)
     reason = toolchain.unavailable_reason()
@@ -75,18 +75,18 @@ def cuda_problem() -> str | None:
 @cache
 def cuda_module(name: str) -> Any:
     """Return a module of `numbanorm.cuda`, imported when it is first needed."""
-    return import_module(f".cuda.{name}", __package__)
+    return import_module(f"numbanorm.cuda.{name}")
 
 
 @cache
 def dask_calls() -> Any:
     """Return `numbanorm.dask`, imported when there is a dask array."""
-    return import_module(".dask", __package__)
+    return import_module("numbanorm.dask.calls")
 
 
 @cache
 def _host_calls() -> Any:
-    from . import calls
+    from . import host as calls
 
     return calls
 
@@ -94,6 +94,6 @@ def _host_calls() -> Any:
 @cache
 def cpu_backend() -> Any:
     """Return `numbanorm.cpu`, imported at the first call: declaring its kernels takes 60 ms."""
-    from . import cpu
+    from ..cpu import backend as cpu
 
     return cpu

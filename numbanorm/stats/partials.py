@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from . import arrays
-from .backends import cpu_backend
-from .calls import Call, given_statistic, parameter, public_statistic
-from .plan import COUNT, M2, MEAN, RSTD, Options, Plan, plan
+from ..calls import arrays
+from ..calls.dispatch import cpu_backend
+from ..calls.host import Call, given_statistic, parameter, public_statistic
+from ..core.plan import COUNT, M2, MEAN, RSTD, Options, Plan, plan
 
 
 def normalize(

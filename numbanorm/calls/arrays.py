@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from .backends import on_cuda
-from .dtypes import Format, format_of, is_float, native
-from .plan import Placement, Plan
-from .pool import POOL
+from ..core.dtypes import Format, format_of, is_float, native
+from ..core.plan import Placement, Plan
+from ..core.pool import POOL
+from .dispatch import on_cuda
 
 Back = Callable[[np.ndarray], Any]
 

@@ -1,0 +1,1 @@
+"""The command line: it parses, prints and draws what the rest of the package does."""

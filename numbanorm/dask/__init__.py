@@ -1,0 +1,5 @@
+"""The functions on dask arrays, chunk by chunk."""
+
+from .calls import moments
+
+__all__ = ["moments"]

@@ -1,0 +1,1 @@
+"""Layers: parameters, running statistics and mode around the functions."""
