@@ -5,7 +5,9 @@ from __future__ import annotations
 import statistics
 import time
 
-from . import common
+import numpy as np
+
+from . import common, costs
 
 
 class Hot(common.Timed):
@@ -58,3 +60,18 @@ class Idle(common.Prepared):
             self.call()
             times.append(time.perf_counter() - start)
         return statistics.median(times)
+
+
+class Options(common.Timed):
+    """A call in cache with one option, in the order that `peers.py` tells the costs in."""
+
+    param_names = ("call",)
+    params = tuple(f"{norm} float32, {option}" for norm, found in costs.OPTIONS.items() for option in found)
+
+    def prepare(self, name: str) -> None:
+        norm, _, option = name.partition(" float32, ")
+        self.call, self.read = costs.call_of(norm, option), np.ones(costs.SHAPES[norm], np.float32)
+
+    def time_forward(self, name: str) -> None:
+        """Seconds of a forward call, hot; batch norm in training."""
+        self.run()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-import time
+from functools import partial
 from importlib.util import find_spec
 
 import numpy as np
@@ -22,7 +22,7 @@ PEERS = {"NumPy": "numpy", "torch": "torch", "onnxruntime": "onnxruntime"}
 
 
 class Peers(common.Prepared):
-    """Forward."""
+    """Forward; "step" is forward and backward."""
 
     param_names = ("cell", "peer")
     params = (
@@ -33,6 +33,13 @@ class Peers(common.Prepared):
             "batch training 32x64x56x56 float32",
             "group 4x32x28x28 float32",
             "instance 4x32x28x28 float32, channels last",
+            "batch running 32x256 float32",
+            "batch running 8x64x28x28 float32, channels last",
+            "batch masked 32x256 float32",
+            "layer 128x768 float32, sliced",
+            "module batch step 8x64x28x28 float32",
+            "module layer eval 1x768 float32",
+            "module layer step 128x768 float32",
         ),
         tuple(PEERS),
     )
@@ -43,17 +50,23 @@ class Peers(common.Prepared):
         for other in {"torch", "onnxruntime", "jax"} - {PEERS[peer]}:
             sys.modules.setdefault(other, None)  # type: ignore[arg-type]  # not to be imported: seconds each
         import peer_cells
+        import peers
 
         nn.set_num_threads(len(os.sched_getaffinity(0)))
         (cell,) = peer_cells.cells(re.compile(f"^{re.escape(name)}$"))
         if peer not in cell.candidates:
             raise NotImplementedError(f"{peer} has no such call")
-        self.ours, self.theirs = cell.candidates["numbanorm"], cell.candidates[peer]
-        exact = np.asarray(cell.reference())
-        for call in (self.ours, self.theirs):
-            assert common.error(np.asarray(call()), exact) <= common.TOLERANCE["float32"]
+        self.calls = {"ours": cell.candidates["numbanorm"], "theirs": cell.candidates[peer]}
+        self.context = cell.context
+        with self.context():
+            peers.check(cell)
+        if peer not in cell.candidates:
+            raise ValueError(f"{name}: {peer} is wrong")
+        self.measure = partial(peers.measure, budget=1.0, settle=peers.SETTLE)
 
     @common.tracked("x")
     def track_over_peer(self, cell: str, peer: str) -> float:
         """Our time over the peer's: less than 1 is faster."""
-        return common.median_ratio(self.ours, self.theirs, time.perf_counter)
+        with self.context():
+            times = self.measure(self.calls)
+        return float(np.median(times["ours"] / times["theirs"]))

@@ -1,4 +1,4 @@
-"""What more threads bring; n/a for more threads than this process has cores."""
+"""What more threads bring, to kernels and to programs; n/a for more threads than this process has cores."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 import numbanorm as nn
 
-from . import common
+from . import common, programs
 
 
 class Threads(common.Prepared):
@@ -53,3 +53,20 @@ class Threads(common.Prepared):
     def track_over_copyto(self, name: str, threads: str) -> float:
         """Time on so many threads over that of np.copyto on as many, in turns."""
         return common.median_ratio(self.on_many, self.copy, time.perf_counter)
+
+
+class Programs(common.Prepared):
+    """NumPy programs with norms in them, where the threads of NumPy's products hold the cores."""
+
+    param_names = ("program",)
+    params = (tuple(programs.PROGRAMS),)
+
+    def prepare(self, name: str) -> None:
+        if programs.default_threads() < 2:
+            raise NotImplementedError("one core: the default is one thread")
+
+    @common.tracked("x")
+    def track_default_over_one_thread(self, name: str) -> float:
+        """Time with numbanorm's default threads over the time with one, in turns: more than 1 is what threads hurt."""
+        ratio: float = programs.compare(name, seconds=1.0)["ratio"]
+        return ratio

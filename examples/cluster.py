@@ -23,7 +23,7 @@ import zarr
 from dask.distributed import Client, LocalCluster
 
 import numbanorm as nn
-from numbanorm.files import apply as files
+from numbanorm import files
 
 CHUNK = (32, 16, 64, 64)  # 8 MB of float32
 

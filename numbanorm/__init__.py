@@ -1,4 +1,4 @@
-"""Normalization layers for arrays, as Numba kernels: batch, layer, instance, group and RMS norm.
+"""Normalization layers for arrays, as Numba kernels: batch, layer, instance, group, RMS and L2 norm.
 
 Examples
 --------
@@ -11,6 +11,7 @@ Examples
 
 from .calls.config import show_config
 from .core.layout import Layout
+from .core.norms import NormRecord, register_norm
 from .core.threads import get_num_threads, set_num_threads
 from .functional import (
     batch_norm,
@@ -19,12 +20,16 @@ from .functional import (
     group_norm_backward,
     instance_norm,
     instance_norm_backward,
+    l2_norm,
+    l2_norm_backward,
     layer_norm,
     layer_norm_backward,
+    normalize,
+    normalize_backward,
     rms_norm,
     rms_norm_backward,
 )
-from .layers.base import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, Norm, RMSNorm
+from .layers import BatchNorm, GroupNorm, InstanceNorm, L2Norm, LayerNorm, Norm, RMSNorm
 from .layers.warmup import warmup
 from .stats.moments import Moments
 
@@ -34,10 +39,12 @@ __all__ = [
     "BatchNorm",
     "GroupNorm",
     "InstanceNorm",
+    "L2Norm",
     "LayerNorm",
     "Layout",
     "Moments",
     "Norm",
+    "NormRecord",
     "RMSNorm",
     "batch_norm",
     "batch_norm_backward",
@@ -46,8 +53,13 @@ __all__ = [
     "group_norm_backward",
     "instance_norm",
     "instance_norm_backward",
+    "l2_norm",
+    "l2_norm_backward",
     "layer_norm",
     "layer_norm_backward",
+    "normalize",
+    "normalize_backward",
+    "register_norm",
     "rms_norm",
     "rms_norm_backward",
     "set_num_threads",

@@ -11,8 +11,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import numbanorm as nn
-from numbanorm.calls import quick
+from numbanorm.calls import host
 from numbanorm.cpu import launch
+
+pytest.register_assert_rewrite("same")  # so that its failures show the values
 
 # No deadline: the first example of a dtype compiles kernels for seconds.
 settings.register_profile("default", deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
@@ -40,17 +42,18 @@ def threads(request: pytest.FixtureRequest, _one_thread: None) -> int:
 @pytest.fixture
 def launch_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Return what sets choices of the CPU kernels' launch, for one test: as on another machine."""
-    caches = (launch.geometry, quick._look_up, quick._look_up_backward)
+
+    def forget() -> None:
+        launch.geometry.cache_clear()
+        host.forget()
 
     def choose(**choices: Any) -> None:
         for name, value in choices.items():
             monkeypatch.setattr(launch, name, value)
-        for cached in caches:
-            cached.cache_clear()
+        forget()
 
     yield choose
-    for cached in caches:
-        cached.cache_clear()
+    forget()
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import numba
 
 from ..core.pool import POOL
 from ..core.threads import get_num_threads
-from .dispatch import cuda_module, cuda_problem
+from .dispatch import cuda_problem, handler
 
 _numba: Any = numba  # its own annotations leave out what is asked of it here
 _OPTIONAL = ("ml_dtypes", "click", "rich", "matplotlib")
@@ -48,7 +48,7 @@ def config() -> dict[str, str]:
         "threading layer": _threading_layer(),
         "cache": _cache(),
         "pool": f"keeps up to {POOL.limit / 1e6:,.0f} MB of outputs' memory for reuse (NUMBANORM_POOL)",
-        "gpu": cuda_problem() or cuda_module("devices").describe(),
+        "gpu": cuda_problem() or handler("cuda").describe(),
     }
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..core.threads import get_num_threads, set_num_threads
-from ..layers.base import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, Norm, RMSNorm
+from ..layers import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, Norm, RMSNorm
 
 Array = NDArray[Any]
 
@@ -72,11 +72,13 @@ class Trial:
 
     def plain(self, dtype: Any) -> Array:
         """Normalize in plain NumPy, computing in `dtype`."""
-        x, norm, axes = self.x.astype(dtype, copy=False), self.norm, self.norm.layout(self.x.shape).reduced_axes
-        if isinstance(norm, RMSNorm):
-            y = x / np.sqrt(np.mean(x * x, axes, keepdims=True) + dtype(norm.eps))
+        x, norm, layout = self.x.astype(dtype, copy=False), self.norm, self.norm.layout(self.x.shape)
+        axes = layout.reduced_axes
+        if layout.centred:
+            moved, square = x - x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
         else:
-            y = (x - x.mean(axes, keepdims=True)) / np.sqrt(x.var(axes, keepdims=True) + dtype(norm.eps))
+            moved, square = x, np.mean(x * x, axes, keepdims=True)
+        y = moved * layout.record.rstd(square, layout.count, norm.eps)
         across = (-1, 1, 1) if x.ndim == 4 else (-1,)  # patches have their channels first, tokens last
         if norm.weight is not None:
             y = y * norm.weight.astype(dtype).reshape(across)

@@ -1,6 +1,6 @@
 """What a norm does to a shape, in words: who shares a mean, who shares a weight, and what follows for its use.
 
-Everything here is text and numbers drawn from `Layout`; `cli` prints it and `figures` draws it.
+Everything here is text and numbers drawn from `Layout` and a norm's record; `main` prints it and `figures` draws it.
 """
 # ruff: noqa: RUF001 (γ, β and the minus sign are meant)
 
@@ -10,18 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from ..core.layout import Layout
-from ..core.norms import NORMS
+import numbanorm
 
-TITLES = {
-    "batch": "BatchNorm",
-    "layer": "LayerNorm",
-    "instance": "InstanceNorm",
-    "group": "GroupNorm",
-    "rms": "RMSNorm",
-}
-TEXTBOOK = ("batch", "layer", "instance", "group")
-"""The norms that textbooks put side by side, in their order."""
+from ..core.layout import Layout
+from ..core.norms import GROUP, NORMS, NormRecord, record_of
 
 _NOUNS = {
     "N": "sample",
@@ -35,6 +27,10 @@ _NOUNS = {
     "embedding": "feature",
 }
 _SPACE_NAMES = {0: (), 1: ("L",), 2: ("H", "W"), 3: ("D", "H", "W")}
+_GREEK = {"weight": "γ", "bias": "β"}
+_KEPT = {"never": "no", "optional": "on request", "usual": "yes"}
+_DIFFERS = {"never": "no", "optional": "if running", "usual": "yes"}
+"""Whether running statistics are kept, and whether training and evaluation differ, by a record's `tracking`."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +141,7 @@ class Case:
     reading : Reading
         What the axes stand for.
     num_groups : int or None
-        Groups of channels, for GroupNorm.
+        Groups of channels, for a norm that has them.
 
     Examples
     --------
@@ -167,44 +163,45 @@ class Case:
         Parameters
         ----------
         norm : str
-            A key of `numbanorm.layout.NORMS`.
+            A key of `numbanorm.core.norms.NORMS`.
         reading : Reading
             The shape, and what its axes stand for.
         num_groups : int, optional
-            Groups of channels; the smallest number above 1 that divides the channels if None.
+            Groups of channels, for GroupNorm; the smallest number above 1 that divides the channels if None.
         axis : tuple of int, optional
-            Axes that LayerNorm and RMSNorm normalize; if None, the embedding of a token, or else the whole sample.
+            Axes that norms over axes of the caller's choice normalize, such as LayerNorm; if None, the embedding of a
+            token, or else the whole sample.
 
         Raises
         ------
         ValueError
-            If groups or axes do not fit the shape.
+            If the norm is unknown, or groups or axes do not fit the shape.
         """
-        shape = reading.shape
-        if not NORMS[norm].by_channel:
+        shape, record = reading.shape, record_of(norm)
+        if not record.by_channel:
             rest = tuple(a for a in range(len(shape)) if a != reading.sample)
             chosen = axis or ((reading.channel,) if reading.tokens else rest)
             ascending = tuple(sorted(chosen, key=lambda a: a % len(shape)))
             return cls(Layout.of(norm, shape, axis=ascending), reading)
-        if norm != "group":
+        if not record.grouped:
             return cls(Layout.of(norm, shape, channel_axis=reading.channel), reading)
         groups = _smallest_divisor(shape[reading.channel]) if num_groups is None else num_groups
         return cls(Layout.of(norm, shape, channel_axis=reading.channel, num_groups=groups), reading, groups)
 
     @property
-    def norm(self) -> str:
-        """Name of the norm."""
-        return self.layout.norm
+    def record(self) -> NormRecord:
+        """What is to be known of the norm."""
+        return self.layout.record
 
     @property
     def title(self) -> str:
         """Name of the norm's class."""
-        return TITLES[self.norm]
+        return self.record.title
 
     @property
     def name(self) -> str:
         """Name of the norm's class, with the number of groups if it has any."""
-        return self.title if self.num_groups is None else f"{self.title} ({counted(self.num_groups, 'group')})"
+        return self.title if self.num_groups is None else f"{self.title} ({counted(self.num_groups, GROUP)})"
 
     @property
     def normalized(self) -> str:
@@ -214,12 +211,14 @@ class Case:
     @property
     def statistics(self) -> tuple[str, ...]:
         """What is shared by the elements that share a mean."""
-        return ("mean", "variance") if self.layout.centred else ("mean square",)
+        if self.record.centred:
+            return ("mean", "variance")
+        return ("mean square",) if self.record.scale == "std" else ("Euclidean norm",)
 
     @property
     def parameters(self) -> tuple[str, ...]:
         """What is shared by the elements that share a weight."""
-        return ("weight", "bias") if self.layout.centred else ("weight",)
+        return self.record.parameters
 
     @property
     def weights(self) -> int:
@@ -228,8 +227,10 @@ class Case:
 
     @property
     def weighted_axes(self) -> tuple[int, ...]:
-        """Axes along which the weight varies."""
-        return (self.reading.channel,) if NORMS[self.norm].by_channel else self.layout.reduced_axes
+        """Axes along which the weight varies; none for one weight that serves all elements."""
+        if not self.record.affine_roles:
+            return ()
+        return (self.reading.channel,) if self.record.by_channel else self.layout.reduced_axes
 
     @property
     def sharers(self) -> int:
@@ -271,17 +272,20 @@ class Case:
 
     @property
     def code(self) -> str:
-        """The call that makes this norm."""
-        ndim, channel, axes = len(self.layout.shape), self.reading.channel, self.layout.reduced_axes
-        if NORMS[self.norm].by_channel:
+        """The call that makes this norm: by its own name where it has one, or else by the one for every norm."""
+        kind, shape, channel = self.record.kind, self.layout.shape, self.reading.channel
+        layer = f"nn.{self.title}(" if hasattr(numbanorm, self.title) else f'nn.Norm("{kind}", '
+        ndim, axes = len(shape), self.layout.reduced_axes
+        if self.record.by_channel:
             groups = "" if self.num_groups is None else f"{self.num_groups}, "
             where = "" if channel == 1 else f", channel_axis={-1 if channel == ndim - 1 else channel}"
-            return f"nn.{self.title}({groups}{self.reading.channels}{where})"
-        lengths = self.layout.affine_shape
-        shape = str(lengths[0]) if len(lengths) == 1 else str(lengths)
+            return f"{layer}{groups}{self.reading.channels}{where})"
+        lengths = tuple(shape[a] for a in axes)
+        normalized = str(lengths[0]) if len(lengths) == 1 else str(lengths)
         if axes == tuple(range(ndim - len(axes), ndim)):
-            return f"nn.{self.title}({shape})"
-        return f"nn.{self.norm}_norm(x, {shape}, axis={axes})"
+            return f"{layer}{normalized})"
+        function = f"nn.{kind}_norm(" if hasattr(numbanorm, f"{kind}_norm") else f'nn.normalize("{kind}", '
+        return f"{function}x, {normalized}, axis={axes})"
 
 
 def describe(case: Case) -> Iterator[tuple[str, str]]:
@@ -298,16 +302,19 @@ def describe(case: Case) -> Iterator[tuple[str, str]]:
         What is explained, and the explanation.
     """
     layout = case.layout
-    yield "Formula", "y = (x − mean) / √(variance + ε) · γ + β" if layout.centred else "y = x / √(mean of x² + ε) · γ"
+    yield "Formula", _formula(case.record)
     yield "Normalized", case.normalized
-    yield "Averaged over", f"{case.averaged}: {counted(layout.count, 'element')} for each {case.statistics[0]}"
+    yield (
+        "Averaged over" if case.record.scale == "std" else "Summed over",
+        f"{case.averaged}: {counted(layout.count, 'element')} for each {case.statistics[0]}",
+    )
     yield "Statistics", listed([counted(layout.groups, thing) for thing in case.statistics])
-    yield "Weight and bias" if layout.centred else "Weight", " ".join(_parameters(case))
+    yield listed(case.parameters).capitalize(), " ".join(_parameters(case))
     yield "Running statistics", _running(case)
     yield "Train and eval", _modes(case)
     yield "In code", case.code
     if layout.count == 1:
-        yield "Beware", f"with this shape every element is alone: {_alone(case)}"
+        yield "Beware", f"with this shape every element is alone: {_alone(case.record)}"
 
 
 def compare(cases: Sequence[Case]) -> Iterator[tuple[str, list[str]]]:
@@ -329,8 +336,13 @@ def compare(cases: Sequence[Case]) -> Iterator[tuple[str, list[str]]]:
     yield "γ and β", [str(case.layout.affine_shape) for case in cases]
     yield "elements per γ", [f"{case.sharers:,}" for case in cases]
     yield "batch matters", [_company(case) for case in cases]
-    yield "running stats", [{"batch": "yes", "instance": "on request"}.get(case.norm, "no") for case in cases]
-    yield "train ≠ eval", [{"batch": "yes", "instance": "if running"}.get(case.norm, "no") for case in cases]
+    yield "running stats", [_KEPT[case.record.tracking] for case in cases]
+    yield "train ≠ eval", [_DIFFERS[case.record.tracking] for case in cases]
+
+
+def textbook(*others: str) -> list[str]:
+    """Return the norms that textbooks put side by side, in their order, and then the others that are not among them."""
+    return list(dict.fromkeys([*(kind for kind, record in NORMS.items() if record.textbook), *others]))
 
 
 def counted(n: int, thing: str) -> str:
@@ -344,51 +356,68 @@ def listed(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def _alone(case: Case) -> str:
-    if case.norm in ("batch", "instance"):
+def _formula(record: NormRecord) -> str:
+    above = "(x − mean)" if record.centred else "x"
+    spread = "variance" if record.centred else "mean of x²"
+    below = f"√({spread} + ε)" if record.scale == "std" else "max(‖x‖₂, ε)"
+    return f"y = {above} / {below} · γ{' + β' * record.bias}"
+
+
+def _alone(record: NormRecord) -> str:
+    if record.tracks:
         return "it has no variance, and numbanorm refuses to normalize with such statistics (ValueError)."
-    return "it has no variance and becomes 0 before γ and β." if case.layout.centred else "it becomes 1 or −1 before γ."
+    greek = listed([_GREEK[name] for name in record.parameters])
+    return (
+        f"it has no variance and becomes 0 before {greek}." if record.centred else f"it becomes 1 or −1 before {greek}."
+    )
 
 
 def _company(case: Case) -> str:
-    if case.norm == "batch":
-        return "in training"
-    return "yes" if case.mixes_samples else "no"
+    if not case.mixes_samples:
+        return "no"
+    return "in training" if case.record.tracking == "usual" else "yes"
 
 
 def _parameters(case: Case) -> Iterator[str]:
-    things = listed([case.reading.noun(axis) for axis in case.weighted_axes])
-    yield f"shape {case.layout.affine_shape}: one γ{' and one β' * case.layout.centred} for each {things},"
+    record = case.record
+    one = listed([f"one {_GREEK[name]}" for name in record.parameters])
+    nouns = [case.reading.noun(axis) for axis in case.weighted_axes]
+    yield f"shape {case.layout.affine_shape}: {one} for {f'each {listed(nouns)}' if nouns else 'the whole array'},"
     yield f"shared by {counted(case.sharers, 'element')}."
-    if case.norm == "instance":
-        yield "Only with affine=True."
-    if case.norm == "rms":
-        yield "No mean is subtracted, no bias added."
+    if not record.affine_by_default:
+        yield f"Only with {'affine' if record.by_channel else 'elementwise_affine'}=True."
+    missing = ["No mean is subtracted"] * (not record.centred) + ["no bias added"] * (not record.bias)
+    if missing:
+        yield f"{', '.join(missing).capitalize()}."
 
 
 def _running(case: Case) -> str:
-    shape = (case.reading.channels,)
-    if case.norm == "batch":
-        return (
-            f"running_mean and running_var of shape {shape}. Every call in training moves them a tenth of the way "
-            "towards the batch's own (momentum=0.1)."
-        )
-    if case.norm == "instance":
-        return f"none, unless track_running_stats=True: then running_mean and running_var of shape {shape}."
-    return "none: nothing is remembered from one call to the next."
+    both = f"running_mean and running_var of shape {(case.reading.channels,)}."
+    match case.record.tracking:
+        case "usual":
+            return (
+                f"{both} Every call in training moves them a tenth of the way towards the batch's own (momentum=0.1)."
+            )
+        case "optional":
+            return f"none, unless track_running_stats=True: then {both}"
+        case _:
+            return "none: nothing is remembered from one call to the next."
 
 
 def _modes(case: Case) -> str:
-    if case.norm == "batch":
-        return (
-            "differ. Training uses the batch's own statistics, so the samples in a batch affect each other; evaluation "
-            "uses the running ones, so a sample's result no longer depends on the others."
-        )
-    if case.norm == "instance":
-        return "the same, unless track_running_stats=True: then evaluation uses the running ones."
-    if case.mixes_samples:
-        return "the same: always the statistics of the array at hand."
-    return f"the same: the result of a {case.reading.noun(case.reading.sample)} never depends on the others."
+    match case.record.tracking:
+        case "usual":
+            mixed, alone = "", ""
+            if case.mixes_samples:
+                mixed = ", so the samples in a batch affect each other"
+                alone = ", so a sample's result no longer depends on the others"
+            return f"differ. Training uses the batch's own statistics{mixed}; evaluation uses the running ones{alone}."
+        case "optional":
+            return "the same, unless track_running_stats=True: then evaluation uses the running ones."
+        case _ if case.mixes_samples:
+            return "the same: always the statistics of the array at hand."
+        case _:
+            return f"the same: the result of a {case.reading.noun(case.reading.sample)} never depends on the others."
 
 
 def _smallest_divisor(n: int) -> int:

@@ -59,7 +59,7 @@ class Block:
 
     Examples
     --------
-    >>> from numbanorm.explain import Reading
+    >>> from numbanorm.cli.explain import Reading
     >>> block = Block.of(Case.of("batch", Reading.of((2, 3, 1, 2))))
     >>> block.statistic[:, :, 0].tolist()
     [[0, 1, 2], [0, 1, 2]]
@@ -122,7 +122,8 @@ def draw(cases: Sequence[Case]) -> Figure:
     n, c, s = blocks[0].statistic.shape
     across, upright = (n + c) * _STEPS[1, 0], (n + c) * _STEPS[1, 1] - s * _STEPS[2, 1]
     middle = np.array([(c - n) / 2 * _STEPS[1, 0], upright / 2 + s * _STEPS[2, 1]])
-    width = 4.8 if single else 3.3
+    short = all(case.record.centred for case in cases)  # "mean", where others say "Euclidean norm"
+    width = 4.8 if single else 3.3 if short else 4.2
     unit = min(0.42, 0.8 * width / across, 2.9 / upright)
     block_height = upright * unit + 0.4
     row_height = block_height + (0.95 if single else 1.3)
@@ -266,7 +267,8 @@ def _words(figure: Figure, block: Block, names: Sequence[str]) -> None:
     case, height = block.case, figure.get_figheight()
     array = f"an array ({', '.join(case.reading.names)}) = {case.layout.shape}"
     if len(names) == 1:
-        title, subtitle = f"{names[0]} of {array}", f"normalizes {case.normalized}, averaging over {case.averaged}"
+        does = "averaging" if case.record.scale == "std" else "summing"
+        title, subtitle = f"{names[0]} of {array}", f"normalizes {case.normalized}, {does} over {case.averaged}"
     else:
         title, subtitle = f"{listed(names)}", f"of {array}: two questions tell them apart"
     figure.text(0.5, 1 - 0.18 / height, title, ha="center", va="top", size=14, weight="bold", color=_INK)

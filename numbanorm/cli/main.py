@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -17,9 +18,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from ..core.norms import NORMS
+from ..core.norms import NORMS, record_of
 from ..stats.moments import Moments
-from .explain import TEXTBOOK, Case, Reading, compare, describe
+from .explain import Case, Reading, compare, describe, textbook
 
 _WIDTH = 100  # longer lines are hard to read
 _MOST_ROWS = 20  # of a table of statistics
@@ -27,7 +28,22 @@ _PICTURE = click.Path(dir_okay=False, path_type=Path)
 _ARRAY = click.Path(path_type=Path)
 
 
-_HELP = """Show what batch, layer, instance, group and RMS norm do, and how fast.
+class _Norm(click.ParamType):  # type: ignore[type-arg] # generic in later versions
+    """The name of a norm, from the table as it is when a command runs: norms may be registered after the import."""
+
+    name = "norm"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return click.Choice(list(NORMS)).convert(value, param, ctx)
+
+    def get_metavar(self, *given: Any, **named: Any) -> str | None:
+        return click.Choice(list(NORMS)).get_metavar(*given, **named)
+
+    def shell_complete(self, *given: Any) -> Any:
+        return click.Choice(list(NORMS)).shell_complete(*given)
+
+
+_HELP = """Show what batch, layer, instance, group, RMS and L2 norm do, and how fast.
 
 \b
 Who shares a mean, and who a weight, in words and as a picture:
@@ -47,12 +63,12 @@ def cli() -> None:
 
 
 @cli.command(short_help="Explain a norm over a shape, in words and as a picture.")
-@click.argument("norm", type=click.Choice(list(NORMS)))
+@click.argument("norm", type=_Norm())
 @click.option("--shape", required=True, metavar="N,C,...", help="Shape of the array, such as 4,6,8,8.")
 @click.option("--groups", type=int, metavar="G", help="Number of groups of channels, for group norm.")
 @click.option("--channel-axis", type=int, metavar="AXIS", help="Axis of the channels: 1, or -1 for channels last.")
-@click.option("--axis", metavar="AXIS,...", help="Axes that layer and RMS norm average over, such as -1 or 1,2,3.")
-@click.option("--all", "side_by_side", is_flag=True, help="Put batch, layer, instance and group norm side by side.")
+@click.option("--axis", metavar="AXIS,...", help="Axes to average over, for layer norm and its like: -1, or 1,2,3.")
+@click.option("--all", "side_by_side", is_flag=True, help="Put it beside batch, layer, instance and group norm.")
 @click.option("-o", "--output", type=_PICTURE, metavar="FILE", help="Draw it too, as .png or .svg.")
 def explain(
     norm: str,
@@ -63,25 +79,24 @@ def explain(
     side_by_side: bool,
     output: Path | None,
 ) -> None:
-    """Explain what NORM does to an array of a shape: in words, and as a picture with -o.
-
-    NORM is batch, layer, instance, group or rms.
+    """Explain what a norm does to an array of a shape: in words, and as a picture with -o.
 
     Two axes are read as (N, C) and four as (N, C, H, W). Three are read as (N, C, L), or as (sentence, position,
-    embedding) if the channels are last, which they are for layer and rms unless --channel-axis says otherwise.
+    embedding) if the channels are last, which they are for layer norm and its like unless --channel-axis says
+    otherwise.
     """
     with _one_line_errors():
         if output is not None:
             _check_output(output)
         lengths = _integers("--shape", shape)
         if channel_axis is None:
-            channel_axis = -1 if len(lengths) == 3 and not NORMS[norm].by_channel else 1
+            channel_axis = -1 if len(lengths) == 3 and not record_of(norm).by_channel else 1
         reading = Reading.of(lengths, channel_axis)
         axes = None if axis is None else _integers("--axis", axis)
         case = Case.of(norm, reading, num_groups=groups, axis=axes)
         cases = [case]
         if side_by_side:
-            cases = [Case.of(name, reading, num_groups=groups, axis=axes) for name in TEXTBOOK]
+            cases = [Case.of(name, reading, num_groups=groups, axis=axes) for name in textbook(norm)]
     console = _console()
     _print_words(console, case)
     if side_by_side:
@@ -113,17 +128,17 @@ def demo(output: Path) -> None:
 
     console = _console()
     run(console)
-    _write_picture(console, [Case.of(name, Reading.of((4, 6, 8, 8))) for name in TEXTBOOK], output)
+    _write_picture(console, [Case.of(name, Reading.of((4, 6, 8, 8))) for name in textbook()], output)
 
 
 @cli.command(short_help="Normalize an array in a file of any size.")
 @click.argument("source", metavar="IN", type=_ARRAY)
 @click.option("-o", "--output", required=True, type=_ARRAY, metavar="OUT", help="Where to, .npy or .zarr; may be IN.")
-@click.option("--norm", required=True, type=click.Choice(list(NORMS)), help="The norm.")
+@click.option("--norm", required=True, type=_Norm(), help="The norm.")
 @click.option("--groups", type=int, metavar="G", help="Number of groups of channels, for group norm.")
 @click.option("--channel-axis", type=int, default=1, show_default=True, metavar="AXIS", help="Axis of the channels.")
-@click.option("--axis", metavar="AXIS,...", help="Axes that layer and RMS norm average over: -1 if not given.")
-@click.option("--eps", type=float, help="Added to the variance: 1e-5, for RMS norm the dtype's epsilon, if not given.")
+@click.option("--axis", metavar="AXIS,...", help="Axes to average over, for layer norm and its like: -1 if not given.")
+@click.option("--eps", type=float, help="Keeps it from dividing by 0: the norm's usual one if not given.")
 @click.option("--weight", type=_ARRAY, metavar="FILE", help="gamma, as .npy.")
 @click.option("--bias", type=_ARRAY, metavar="FILE", help="beta, as .npy.")
 @click.option("--moments", type=_ARRAY, metavar="FILE", help="For batch norm: use these, from stats --save.")
@@ -192,10 +207,10 @@ def info() -> None:
 
 
 @cli.command(short_help="Compile the kernels ahead.")
-@click.option("--norms", metavar="NORM,...", default=",".join(NORMS), show_default=True, help="Norms to compile.")
+@click.option("--norms", metavar="NORM,...", show_default="all", help="Norms to compile.")
 @click.option("--dtypes", metavar="DTYPE,...", default="float32", show_default=True, help="Dtypes of the inputs.")
 @click.option("--forward", is_flag=True, help="Leave out the kernels that training needs.")
-def warmup(norms: str, dtypes: str, forward: bool) -> None:
+def warmup(norms: str | None, dtypes: str, forward: bool) -> None:
     """Compile the kernels ahead, into the cache on disk, so that no program has to wait for them."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -209,14 +224,18 @@ def warmup(norms: str, dtypes: str, forward: bool) -> None:
         def show(done: int, total: int, name: str) -> None:
             bar.update(task, completed=done, total=total, description=f"{name or 'done':<40}")
 
-        split = (text.strip() for text in norms.split(","))
-        compile_ahead(split, [d.strip() for d in dtypes.split(",")], backward=not forward, progress=show)
+        chosen = list(NORMS) if norms is None else _words(norms)
+        compile_ahead(chosen, _words(dtypes), backward=not forward, progress=show)
 
 
 def _console() -> Console:
     console = Console(highlight=False)
     console.width = min(console.width, _WIDTH)
     return console
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
 
 
 def _integers(option: str, text: str) -> tuple[int, ...]:
@@ -313,10 +332,11 @@ def _print_pairs(console: Console, pairs: Iterable[tuple[str, str]]) -> None:
 
 
 def _print_comparison(console: Console, cases: Sequence[Case]) -> None:
-    table = Table(box=box.SIMPLE_HEAD)
+    many = len(cases) > 4
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0 if many else 1), show_edge=not many)
     table.add_column(style="cyan")
     for case in cases:
-        table.add_column(case.name.replace(" (", "\n("), justify="right")
+        table.add_column(case.name.replace(" (", "\n("), justify="right", overflow="fold")
     for name, values in compare(cases):
         table.add_row(name, *values)
     console.print(table)

@@ -22,6 +22,8 @@ SCALES = ("std", "l2")
 """How the mean square deviation ``s`` of ``n`` elements becomes the factor, as kernels know it by its place here:
 ``1 / sqrt(s + eps)``, or ``1 / max(sqrt(n * s), eps)``."""
 
+STD, L2 = SCALES
+
 AFFINE_MAPS = ("elementwise", "scalar")
 """What shares a weight: each channel or normalized element has its own, or one number serves all elements."""
 
@@ -119,6 +121,11 @@ class NormRecord:
         """Roles of the axes along which weights differ."""
         return frozenset({GROUP, CHANNEL, NORMALIZED}) if self.affine == "elementwise" else frozenset()
 
+    @property
+    def weights_within_groups(self) -> bool:
+        """Whether elements that share a mean and a variance have different weights."""
+        return bool(self.affine_roles & self.reduced)
+
     def rstd(self, square: Any, count: Any, eps: float) -> Any:
         """Return the factor of groups, as the kernels make it.
 
@@ -132,7 +139,7 @@ class NormRecord:
             As the functions take it.
         """
         with np.errstate(all="ignore"):  # NaN, Inf and 0 go the way of all arithmetic
-            if self.scale == "l2":
+            if self.scale == L2:
                 return 1.0 / np.maximum(np.sqrt(square * np.asarray(count, np.float64)), eps)
             return 1.0 / np.sqrt(square + eps)
 
@@ -184,7 +191,7 @@ def register_norm(record: NormRecord) -> NormRecord:
             raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {getattr(record, name)!r}")
     if (record.tracks or record.grouped) and not record.by_channel:
         raise ValueError(f"by_channel: expected True where there are groups or running statistics, got {record.kind!r}")
-    if record.scale == "l2" and record.centred:
+    if record.scale == L2 and record.centred:
         raise ValueError("centred: expected False with scale='l2', got True")
     if NORMS.setdefault(record.kind, record) != record:
         raise ValueError(f"kind: expected a name that no other norm has, got {record.kind!r}")
@@ -232,9 +239,9 @@ for _record in (
 ):
     register_norm(_record)
 
-OF_CHANNELS, OF_SAMPLES_CHANNELS, OF_AXES = "batch", "instance", "layer"
+OF_CHANNELS, OF_SAMPLES_CHANNELS, OF_AXES, OF_AXES_UNCENTRED = "batch", "instance", "layer", "rms"
 """Norms whose maps serve other purposes: statistics of each channel, as running ones are; of each channel of each
-sample; and of any axes."""
+sample; and of any axes, with a mean and without."""
 
 
 def record_of(kind: Any) -> NormRecord:

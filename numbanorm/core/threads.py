@@ -1,4 +1,4 @@
-"""How many threads the kernels use, and when they must not use any."""
+"""How many threads the kernels use, when they must not use any, and the helpers that wait for work."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import ctypes
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numba as _typed_numba
@@ -18,6 +19,9 @@ _forked = False
 _lock = threading.Lock()
 _here = threading.local()
 _started = False
+
+ENGINES = ("claims", "numba")
+"""What ``NUMBANORM_THREADS`` may be: who does the units of a launch (`numbanorm.cpu.engine`)."""
 
 
 def set_num_threads(n: int) -> None:
@@ -62,8 +66,133 @@ def get_num_threads() -> int:
     """
     if _requested is not None:
         return _requested
-    _prepare()
-    return int(numba.get_num_threads())
+    if uses_numba():
+        _prepare()
+        return int(numba.get_num_threads())
+    return int(numba.config.NUMBA_NUM_THREADS)
+
+
+def _engine() -> str:
+    """Return who does units: what the environment asks for; whoever names a layer of Numba's has chosen Numba."""
+    asked = os.environ.get("NUMBANORM_THREADS", "").strip().lower()
+    if asked in ENGINES:
+        return asked
+    if asked:
+        raise ValueError(f"NUMBANORM_THREADS: expected one of {', '.join(ENGINES)}, got {asked!r}")
+    return "claims" if numba.config.THREADING_LAYER == "default" else "numba"
+
+
+_chosen = _engine()
+
+
+def uses_numba() -> bool:
+    """Tell whether launches run on Numba's threads."""
+    return _chosen == "numba"
+
+
+def usable_threads() -> int:
+    """Return the threads that a kernel may use here and now.
+
+    1 under `serial`, in a thread that Python did not start, as those of a parallel region are, and, for Numba's
+    threads, in a child that was forked after these had started.
+    """
+    if getattr(_here, "serial", False) or isinstance(threading.current_thread(), threading._DummyThread):
+        return 1
+    if _forked and uses_numba():
+        return 1
+    return get_num_threads()
+
+
+@contextmanager
+def serial() -> Iterator[None]:
+    """Keep the kernels that this Python thread calls on one thread: something else runs many such calls at once."""
+    before = getattr(_here, "serial", False)
+    _here.serial = True
+    try:
+        yield
+    finally:
+        _here.serial = before
+
+
+class Task:
+    """A launch that helpers may take part in, until it is closed."""
+
+    __slots__ = ("_errors", "_left", "launch")
+
+    def __init__(self, launch: Callable[[], Any]) -> None:
+        self.launch: Callable[[], Any] | None = launch
+        self._left: SimpleQueue[None] = SimpleQueue()
+        self._errors: list[BaseException] = []
+
+    def help(self) -> None:
+        """Take part, if it is still open."""
+        launch = self.launch
+        if launch is None:
+            return
+        try:
+            launch()
+        except BaseException as error:  # memory may run out; whoever waits must hear of it
+            self._errors.append(error)
+        finally:
+            self._left.put(None)
+
+    def wait(self) -> None:
+        """Wait until a helper has left, for a while.
+
+        Raises
+        ------
+        BaseException
+            What a helper raised: units that it has claimed will never be done.
+        """
+        with suppress(Empty):
+            self._left.get(timeout=0.05)
+        if self._errors:
+            raise self._errors[0]
+
+
+class _Helpers:
+    """Threads that wait for tasks. They are started when the first task comes, and anew in a forked child."""
+
+    def __init__(self) -> None:
+        self._tasks: SimpleQueue[Task] = SimpleQueue()
+        self._number = 0
+        self._lock = threading.Lock()
+
+    def call(self, task: Task, number: int) -> None:
+        """Offer a task to so many helpers."""
+        if self._number < number:
+            self._start(number)
+        for _ in range(number):
+            self._tasks.put(task)
+
+    def _start(self, number: int) -> None:
+        with self._lock:
+            while self._number < number:
+                thread = threading.Thread(target=self._serve, args=(self._tasks,), name="numbanorm", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:  # no more threads here, or the interpreter is at its end: the caller does all
+                    return
+                self._number += 1
+
+    @staticmethod
+    def _serve(tasks: SimpleQueue[Task]) -> None:
+        while True:
+            tasks.get().help()
+
+
+_helpers = _Helpers()
+
+
+@contextmanager
+def helping(launch: Callable[[], Any], helpers: int) -> Iterator[Task]:
+    """Offer a launch to helpers while the caller does it, too."""
+    task = Task(launch)
+    _helpers.call(task, helpers)
+    try:
+        yield task
+    finally:
+        task.launch = None  # whoever comes now finds nothing, and keeps no array alive
 
 
 def _prepare() -> None:
@@ -80,41 +209,23 @@ def _prepare() -> None:
             ctypes.CDLL(os.path.join(sys.prefix, "lib", "libtbb.so.12"), ctypes.RTLD_GLOBAL)
 
 
-def usable_threads() -> int:
-    """Return the threads that a kernel may use here and now.
-
-    1 under `serial`, in a child forked after threads had started, and in a parallel region of the workqueue layer.
-    """
-    return 1 if _forked or getattr(_here, "serial", False) or _in_workqueue() else get_num_threads()
-
-
 @contextmanager
-def serial() -> Iterator[None]:
-    """Keep the kernels that this Python thread calls on one thread: something else runs many such calls at once."""
-    before = getattr(_here, "serial", False)
-    _here.serial = True
-    try:
-        yield
-    finally:
-        _here.serial = before
-
-
-def launch_lock() -> threading.Lock:
-    """Set up Numba's threads for a parallel kernel; return the lock that its launch must hold.
+def numba_launch() -> Iterator[bool]:
+    """Set up Numba's threads for a launch, and tell whether they are free.
 
     One parallel kernel runs at a time: the workqueue layer aborts the process if two Python threads are in one at once,
-    and under OpenMP each of them would start as many threads as there are cores. Who finds the lock taken runs the
-    serial twin: the bits are the same, no one waits, and a signal handler that calls a norm cannot wait for itself.
+    and under OpenMP each of them would start as many threads as there are cores. Who finds them taken does all units
+    alone: the bits are the same, no one waits, and a signal handler that calls a norm cannot wait for itself.
     """
     _prepare()
     if _requested is not None and numba.get_num_threads() != _requested:
         numba.set_num_threads(_requested)
-    return _lock
-
-
-def _in_workqueue() -> bool:
-    """Tell whether this is one of workqueue's own threads, in a parallel region: a second launch would abort."""
-    return isinstance(threading.current_thread(), threading._DummyThread) and _layer() == "workqueue"
+    free = _lock.acquire(blocking=False)
+    try:
+        yield free
+    finally:
+        if free:
+            _lock.release()
 
 
 def _layer() -> str:
@@ -127,8 +238,9 @@ def _layer() -> str:
 def _after_fork() -> None:
     # OpenMP's threads do not survive a fork: a parallel kernel in the child would end it by SIGTERM. `_lock` may have
     # been held by another thread just then, and stays locked: launches take no lock in such a child.
-    global _forked
+    global _forked, _helpers
     _forked = _forked or _started or _layer() != "unknown"
+    _helpers = _Helpers()
 
 
 if hasattr(os, "register_at_fork"):

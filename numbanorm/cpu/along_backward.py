@@ -9,7 +9,10 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from .dtypes import lane, load, pointer, room, store
+from .address import record
+from .claims import claim
+from .dtypes import lane, load, pointer, retyped, room, store
+from .guard import clash
 from .jit import Kernel, inlined, scalar
 from .lanes import (
     HEAD_FROM,
@@ -30,9 +33,19 @@ from .lanes import (
     width_of,
 )
 from .rows import AHEAD_PAIRS
-from .rows_backward import FLUSH, LONG_RUN, add_slabs, average, flush, products_from, run_sums
+from .rows_backward import (
+    FLUSH,
+    LONG_RUN,
+    average,
+    clear_gradients,
+    finish_gradients,
+    flush,
+    products_from,
+    room_for,
+    run_sums,
+)
 from .sums import UNIT_GROUPS
-from .welford import BLOCK, at, least, shift_of
+from .welford import BLOCK, least, shift_of
 
 EVEN = 32
 """Lanes of float32: rows of a multiple of it may all begin with lines of dx."""
@@ -44,13 +57,11 @@ _SUMS_ROOM = 2 * UNIT_GROUPS
 
 
 @scalar
-def _map_rows(maps, to, x, means, rstds, first, step, n):
+def _map_rows(maps, to, x, means, rstds, mean_step, first, step, n):
     """Keep, as a unit's `to`-th and on, what makes h of x in `n` rows: the `first` group and each `step`-th from it."""
-    one = means.shape[0] == 1  # for all groups
-    p_means, p_rstds = pointer(means), pointer(rstds)
     for i in range(n):
         group = first + i * step
-        mean, rstd = load(p_means, 0 if one else group), load(p_rstds, group)
+        mean, rstd = load(means, group * mean_step), load(rstds, group)
         hi = lane(x, mean)
         store(maps, _HI + to + i, hi)
         store(maps, _SCALE + to + i, rstd)
@@ -72,8 +83,8 @@ def _h_of(maps, x, i):
 def _sum_row(dy, x, weight, maps, sums, i, g, k0, k1):
     """Keep the sums of g and g * h of a unit's `i`-th row."""
     hi, scale, low = _h_of(maps, x, i)
-    dy_at = g.y_start + k0 * g.y_K0 + k1 * g.y_K1
-    x_at = g.x_start + k0 * g.x_K0 + k1 * g.x_K1
+    dy_at = k0 * g.y_K0 + k1 * g.y_K1
+    x_at = k0 * g.x_K0 + k1 * g.x_K1
     sum_g = sum_gh = 0.0
     for j in range(0, g.R1, BLOCK):
         width = least(np.int64(BLOCK), g.R1 - j)
@@ -127,8 +138,8 @@ def _row(maps, x, i, dy_at, x_at, dx_at):
 def _starts(g, k0, k1):
     """Return where group (k0, k1) begins in dy, x and dx."""
     return (
-        g.y_start + k0 * g.y_K0 + k1 * g.y_K1,
-        g.x_start + k0 * g.x_K0 + k1 * g.x_K1,
+        k0 * g.y_K0 + k1 * g.y_K1,
+        k0 * g.x_K0 + k1 * g.x_K1,
         (k0 * g.K1 + k1) * g.R1,
     )
 
@@ -297,12 +308,12 @@ def _stream_pairs(
     k0 = start
     i, one, two = np.int64(0), np.int64(1), np.int64(2)
     if until_line(dx, start * g.R1) == 0 and stop - start >= 4:
-        _map_rows(maps, i, x, means, rstds, k0, one, two)
+        _map_rows(maps, i, x, means, rstds, g.mean_step, k0, one, two)
         for row in range(2):
             _sum_row(dy, x, weight, maps, sums, row, g, k0 + row, np.int64(0))
         _settle_rows(maps, i, sums, two, count, centred)
         while k0 + 4 <= stop:
-            _map_rows(maps, 2 - i, x, means, rstds, k0 + 2, one, two)
+            _map_rows(maps, 2 - i, x, means, rstds, g.mean_step, k0 + 2, one, two)
             _stream_pair(i, k0, dy, x, dx, weight, maps, sums, products, p, g)
             i = 2 - i
             _settle_rows(maps, i, sums, two, count, centred)
@@ -313,32 +324,30 @@ def _stream_pairs(
 
 
 @scalar
-def _backward_unit(unit, dy, x, dx, weight, counts_of, means, rstds, gradients, geometry, centred):
+def _backward_unit(unit, dy, x, dx, weight, counts_of, means, rstds, gradients, g):
     """Take the rows of one slab at one k1: sums of a few, then their dx, while they are in the cache."""
-    g = geometry[0]
+    centred = g.centred != 0
     k1 = unit % g.K1
     slab = unit // g.K1
-    start = slab * g.K0 // gradients.shape[0]
-    stop = (slab + 1) * g.K0 // gradients.shape[0]
-    count = at(counts_of, np.int64(0))
+    start = slab * g.K0 // g.slabs
+    stop = (slab + 1) * g.K0 // g.slabs
+    count = load(counts_of, 0)
     stream = g.stream != 0
     whole = g.R1 % EVEN == 0  # then all rows of dx begin alike in lines
-    products = np.zeros(2 * g.R1 + 2 * LINE, weight.dtype)
-    # Each array is used, as an array, after the last call that got its pointer: so it is still alive then.
-    p_dy, p_x, p_dx, p_weight = pointer(dy), pointer(x), pointer(dx), pointer(weight)
-    p_products, p_gradients = pointer(products), pointer(gradients)
-    maps = room(p_weight, _MAPS_ROOM)
-    sums = room(p_gradients, _SUMS_ROOM)
+    products = np.zeros(room_for(2 * g.R1 + 2 * LINE, g))
+    p_products = retyped(pointer(products), weight)  # the array is used after the last use of its pointer
+    maps = room(weight, _MAPS_ROOM)
+    sums = room(gradients, _SUMS_ROOM)
     to = slab * 2 * g.size
-    p = products_from(p_dx, (start * g.K1 + k1) * g.R1, products)
+    p = products_from(dx, (start * g.K1 + k1) * g.R1, p_products, g.lane_itemsize)
     if stream and whole and g.back_groups == g.K1 == 1 and g.R1 > BLOCK:
         start = _stream_pairs(
             start,
             stop,
-            p_dy,
-            p_x,
-            p_dx,
-            p_weight,
+            dy,
+            x,
+            dx,
+            weight,
             count,
             means,
             rstds,
@@ -346,53 +355,70 @@ def _backward_unit(unit, dy, x, dx, weight, counts_of, means, rstds, gradients, 
             sums,
             p_products,
             p,
-            p_gradients,
+            gradients,
             to,
             g,
             centred,
         )
     none = np.int64(0)
     dx_at = (start * g.K1 + k1) * g.R1
-    head = until_line(p_dx, dx_at)
+    head = until_line(dx, dx_at)
     lines = stream and whole and head == 0
-    alike = head == until_line(p_dx, dx_at + g.K1 * g.R1)
+    alike = head == until_line(dx, dx_at + g.K1 * g.R1)
     head = least(head, g.R1) if alike and g.R1 >= HEAD_FROM else none
     for base in range(start, stop, g.back_groups):  # as in `rows`: no dx waits for its own sums
         n = least(g.back_groups, stop - base)
-        _map_rows(maps, none, p_x, means, rstds, base * g.K1 + k1, g.K1, n)
+        _map_rows(maps, none, x, means, rstds, g.mean_step, base * g.K1 + k1, g.K1, n)
         if whole and g.R1 <= BLOCK:
-            dy_at = g.y_start + base * g.y_K0 + k1 * g.y_K1
-            x_at = g.x_start + base * g.x_K0 + k1 * g.x_K1
-            _sum_even_rows(p_dy, p_x, p_weight, maps, sums, n, dy_at, g.y_K0, x_at, g.x_K0, g.R1, g.ahead)
+            dy_at = base * g.y_K0 + k1 * g.y_K1
+            x_at = base * g.x_K0 + k1 * g.x_K1
+            _sum_even_rows(dy, x, weight, maps, sums, n, dy_at, g.y_K0, x_at, g.x_K0, g.R1, g.ahead)
         else:
             for i in range(n):
-                _sum_row(p_dy, p_x, p_weight, maps, sums, i, g, base + i, k1)
+                _sum_row(dy, x, weight, maps, sums, i, g, base + i, k1)
         _settle_rows(maps, none, sums, n, count, centred)
         i = none
         while i < n:
             until = least(n - i, FLUSH - (base + i - start) % FLUSH)
             if until == 1 or (stream and not whole):
-                _emit_row(p_dy, p_x, p_dx, p_weight, maps, i, p_products, p, g, base + i, k1)
+                _emit_row(dy, x, dx, weight, maps, i, p_products, p, g, base + i, k1)
                 done = np.int64(1)
             elif whole and head == 0:
                 done = until - until % 2
-                _emit_even_rows(p_dy, p_x, p_dx, p_weight, maps, i, done, p_products, p, g, base + i, k1, lines)
+                _emit_even_rows(dy, x, dx, weight, maps, i, done, p_products, p, g, base + i, k1, lines)
             else:
-                _emit_two(p_dy, p_x, p_dx, p_weight, maps, i, p_products, p, g, base + i, k1, head, lines)
+                _emit_two(dy, x, dx, weight, maps, i, p_products, p, g, base + i, k1, head, lines)
                 done = np.int64(2)
             i += done
             if (base + i - start) % FLUSH == 0:
-                flush(p_products, p, g.R1, p_gradients, to, g.size)
+                flush(p_products, p, g.R1, gradients, to, g.size)
     if stream:
         settle_streams()
-    flush(p_products, p, g.R1, p_gradients, to, g.size)
+    flush(p_products, p, g.R1, gradients, to, g.size)
     products[0] = 0.0
 
 
+@scalar
+def _backward_units(job, geometry, dy, x, dx, weight, counts_of, means, rstds, gradients):
+    g = record(geometry)
+    units = g.slabs * g.K1
+    unit = claim(job, np.int64(-1), units)
+    while unit < units:
+        _backward_unit(unit, dy, x, dx, weight, counts_of, means, rstds, gradients, g)
+        unit = claim(job, unit, units)
+
+
 @Kernel
-def backward(dy, x, dx, weight, counts_of, means, rstds, slabs, result, geometry, centred):
-    """Do what `rows_backward.backward` does."""
-    gradients = np.zeros((slabs, 2, result.shape[1]))
-    for unit in prange(slabs * geometry[0].K1):
-        _backward_unit(np.int64(unit), dy, x, dx, weight, counts_of, means, rstds, gradients, geometry, centred)
-    add_slabs(gradients, result)
+def backward(job, workers, geometry, dy, x, dx, mask, weight, counts_of, means, rstds, gradients, result):
+    """Do what `rows_backward.backward` does; `mask` is None."""
+    p_job, p_geometry = pointer(job), pointer(geometry)
+    p_dy, p_x, p_dx, p_weight = pointer(dy), pointer(x), pointer(dx), pointer(weight)
+    p_counts, p_means, p_rstds, p_gradients = pointer(counts_of), pointer(means), pointer(rstds), pointer(gradients)
+    problem = clash(p_geometry, None, p_x, p_dy, None, p_weight, None)
+    if problem != 0:
+        return problem
+    clear_gradients(p_job, p_geometry, p_gradients)
+    for _ in prange(workers):
+        _backward_units(p_job, p_geometry, p_dy, p_x, p_dx, p_weight, p_counts, p_means, p_rstds, p_gradients)
+    finish_gradients(p_job, p_geometry, p_gradients, pointer(result))
+    return 0

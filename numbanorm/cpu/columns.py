@@ -12,7 +12,10 @@ import numpy as np
 from numba import prange
 
 from ..core.plan import COUNT, M2, MEAN, RSTD
+from .address import record
+from .claims import claim
 from .dtypes import counts, lane, load, pointer, room, store
+from .guard import clash
 from .jit import Kernel, elementwise, inlined, scalar
 from .lanes import (
     all_lanes,
@@ -32,6 +35,7 @@ from .lanes import (
     width_of,
 )
 from .rows import FLOAT32_SAFE
+from .running import fill_given
 from .welford import HUGE, POOR, PREFIX, TINY, least, merge, most, rstd_of, shift_of
 
 TILE = 512
@@ -234,8 +238,8 @@ def _tail_of(g, first, width, chunk):
 @scalar
 def _chunk_moments(moments, into, sums, x, mask, g, k0, first, width, chunk, centred):
     """Take the moments of one chunk of rows in the lanes from `first` on."""
-    start = g.x_start + k0 * g.x_K0 + first
-    mask_start = g.mask_start + k0 * g.mask_K0 + first * g.mask_R1
+    start = k0 * g.x_K0 + first
+    mask_start = k0 * g.mask_K0 + first * g.mask_R1
     r_start = chunk * g.chunk_rows
     r_stop = least(r_start + g.chunk_rows, g.rows)
     prefix = least(np.int64(PREFIX), r_stop - r_start) if centred else 0
@@ -304,7 +308,7 @@ def _close_groups(moments, mask, g, k0, first, width, stats, eps):
             if group == (k0 + 1) * g.K1:
                 group = k0 * g.K1
     for group in range(a, b):
-        rstd = rstd_of(load(stats, COUNT * groups + group), load(stats, M2 * groups + group), eps)
+        rstd = rstd_of(load(stats, COUNT * groups + group), load(stats, M2 * groups + group), eps, g.scale)
         store(stats, RSTD * groups + group, rstd)
 
 
@@ -436,8 +440,8 @@ def _write_tile(x, y, weight, bias, stats, g, k0, first, width, chunk_start, chu
     r_stop = least(chunk_stop * g.chunk_rows, g.rows)
     tail = _tail_of(g, first, width, chunk_stop - 1)
     if by_row is None and unsafe_count == 0 and width == g.lanes == g.x_R0 == g.y_R0:
-        x_at = g.x_start + k0 * g.x_K0 + r_start * width
-        y_at = g.y_start + k0 * g.y_K0 + r_start * width
+        x_at = k0 * g.x_K0 + r_start * width
+        y_at = k0 * g.y_K0 + r_start * width
         once = least(width, g.K1 * g.R1)
         lanes = once if once % width_of(no_lanes(x)) == 0 else width  # of folded ones, rows side by side, one row's
         _write_packed(params, x, y, x_at, y_at, lanes, (r_stop - r_start) * width + tail, g.stream != 0, g.ahead_out)
@@ -445,8 +449,8 @@ def _write_tile(x, y, weight, bias, stats, g, k0, first, width, chunk_start, chu
     no = no_lanes(x)
     stop = r_stop + (1 if tail > 0 else 0)
     for r in range(r_start, stop, TOGETHER):
-        x_at = g.x_start + k0 * g.x_K0 + r * g.x_R0 + first
-        y_at = g.y_start + k0 * g.y_K0 + r * g.y_R0 + first
+        x_at = k0 * g.x_K0 + r * g.x_R0 + first
+        y_at = k0 * g.y_K0 + r * g.y_R0 + first
         together = least(np.int64(TOGETHER), stop - r)
         whole = least(together, r_stop - r)
         for t in range(together):
@@ -502,89 +506,124 @@ def _write_tile(x, y, weight, bias, stats, g, k0, first, width, chunk_start, chu
 
 
 @scalar
-def _forward_tile(unit, x, y, mask, weight, bias, stats, geometry, eps, centred, by_row):
+def _forward_tile(unit, x, y, mask, weight, bias, stats, g, eps, by_row):
     """Take the statistics of one tile's groups and write its output."""
-    g = geometry[0]
+    centred = g.centred != 0
     tiles = -(-g.lanes // g.tile)
     k0 = unit // tiles
     first = unit % tiles * g.tile
     width = least(g.tile, g.lanes - first)
-    p_weight, p_stats = pointer(weight), pointer(stats)
-    sums = room(p_weight, _SUMS_ROOM)
-    moments = room(p_stats, _MOMENTS_ROOM)
+    sums = room(weight, _SUMS_ROOM)
+    moments = room(stats, _MOMENTS_ROOM)
     for chunk in range(g.chunks):
         into = _TOTAL if chunk == 0 else _CHUNK
-        _chunk_moments(moments, into, sums, pointer(x), pointer(mask), g, k0, first, width, chunk, centred)
+        _chunk_moments(moments, into, sums, x, mask, g, k0, first, width, chunk, centred)
         if chunk > 0:
-            _merge_chunk(moments, pointer(mask), _tail_of(g, first, width, chunk), width)
-    _close_groups(moments, pointer(mask), g, k0, first, width, p_stats, eps)
-    p_x, p_y = pointer(x), pointer(y)
+            _merge_chunk(moments, mask, _tail_of(g, first, width, chunk), width)
+    _close_groups(moments, mask, g, k0, first, width, stats, eps)
     for last in range(g.chunks, 0, -g.piece_chunks):  # the last rows first: they may still be in the L2 cache
         start = most(last - g.piece_chunks, np.int64(0))
-        _write_tile(p_x, p_y, p_weight, pointer(bias), p_stats, g, k0, first, width, start, last, by_row)
-
-
-@Kernel
-def forward(x, y, mask, weight, bias, stats, geometry, eps, centred, by_row):
-    """Normalize tile by tile: statistics, then output, while the tile is in the cache if it fits.
-
-    `by_row` is None, or True where each row has one weight: the type tells, so that a first call does not wait for it.
-    """
-    g = geometry[0]
-    for unit in prange(g.K0 * -(-g.lanes // g.tile)):
-        _forward_tile(np.int64(unit), x, y, mask, weight, bias, stats, geometry, eps, centred, by_row)
+        _write_tile(x, y, weight, bias, stats, g, k0, first, width, start, last, by_row)
 
 
 @scalar
-def _store_chunk(unit, x, mask, weight, table, geometry, centred):
-    g = geometry[0]
+def _forward_tiles(job, geometry, x, y, mask, weight, bias, stats, eps, by_row):
+    g = record(geometry)
+    tiles = g.K0 * -(-g.lanes // g.tile)
+    tile = claim(job, np.int64(-1), tiles)
+    while tile < tiles:
+        _forward_tile(tile, x, y, mask, weight, bias, stats, g, eps, by_row)
+        tile = claim(job, tile, tiles)
+
+
+@Kernel
+def forward(job, workers, geometry, by_row, x, residual, total, y, mask, weight, bias, stats, eps, keep):
+    """Normalize tile by tile: statistics, then output, while the tile is in the cache if it fits.
+
+    Arguments are those of `rows.forward`; `residual` and `total` are None, and statistics are always kept. `by_row` is
+    None, or True where each row has one weight: the type tells, so that a first call does not wait for it.
+    """
+    p_job, p_geometry = pointer(job), pointer(geometry)
+    p_x, p_y, p_mask, p_weight, p_bias = pointer(x), pointer(y), pointer(mask), pointer(weight), pointer(bias)
+    p_stats = pointer(stats)
+    problem = clash(p_geometry, p_y, p_x, None, p_mask, p_weight, p_bias)
+    if problem != 0:
+        return problem
+    for _ in prange(workers):
+        _forward_tiles(p_job, p_geometry, p_x, p_y, p_mask, p_weight, p_bias, p_stats, eps, by_row)
+    return 0
+
+
+@scalar
+def _store_chunk(unit, x, mask, weight, table, g):
+    centred = g.centred != 0
     tiles = -(-g.lanes // g.tile)
     chunk = unit % g.chunks
     tile = unit // g.chunks
     first = tile % tiles * g.tile
     width = least(g.tile, g.lanes - first)
-    sums = room(pointer(weight), _SUMS_ROOM)
-    scratch = room(pointer(table), _MOMENTS_ROOM)
-    _chunk_moments(scratch, _CHUNK, sums, pointer(x), pointer(mask), g, tile // tiles, first, width, chunk, centred)
+    sums = room(weight, _SUMS_ROOM)
+    scratch = room(table, _MOMENTS_ROOM)
+    _chunk_moments(scratch, _CHUNK, sums, x, mask, g, tile // tiles, first, width, chunk, centred)
     for row in range(3):
         for i in range(width):
-            table[tile, chunk, row, i] = load(scratch, _CHUNK + row * TILE + i)
-
-
-@Kernel
-def moments(x, mask, weight, table, geometry, centred):
-    """Write (count, mean, M2) of every lane of every chunk to `table`, shape (K0 * tiles, chunks, 3, tile)."""
-    for unit in prange(table.shape[0] * table.shape[1]):
-        _store_chunk(np.int64(unit), x, mask, weight, table, geometry, centred)
+            store(table, (3 * unit + row) * g.tile + i, load(scratch, _CHUNK + row * TILE + i))
 
 
 @scalar
-def _merge_tile(tile, mask, table, stats, geometry, eps):
-    g = geometry[0]
+def _store_chunks(job, geometry, x, mask, weight, table):
+    g = record(geometry)
+    units = g.K0 * -(-g.lanes // g.tile) * g.chunks
+    unit = claim(job, np.int64(-1), units)
+    while unit < units:
+        _store_chunk(unit, x, mask, weight, table, g)
+        unit = claim(job, unit, units)
+
+
+@Kernel
+def moments(job, workers, geometry, x, mask, weight, table):
+    """Write (count, mean, M2) of every lane of every chunk to `table`, shape (K0 * tiles, chunks, 3, tile).
+
+    `weight` tells the lanes' dtype.
+    """
+    p_job, p_geometry = pointer(job), pointer(geometry)
+    p_x, p_mask, p_weight, p_table = pointer(x), pointer(mask), pointer(weight), pointer(table)
+    problem = clash(p_geometry, None, p_x, None, p_mask, None, None)
+    if problem != 0:
+        return problem
+    for _ in prange(workers):
+        _store_chunks(p_job, p_geometry, p_x, p_mask, p_weight, p_table)
+    return 0
+
+
+@scalar
+def _merge_tile(tile, mask, table, stats, g, eps):
     tiles = -(-g.lanes // g.tile)
     first = tile % tiles * g.tile
     width = least(g.tile, g.lanes - first)
-    scratch = room(pointer(table), _MOMENTS_ROOM)
+    scratch = room(table, _MOMENTS_ROOM)
     for chunk in range(g.chunks):
         into = _TOTAL if chunk == 0 else _CHUNK
         for row in range(3):
             for i in range(width):
-                store(scratch, into + row * TILE + i, table[tile, chunk, row, i])
+                store(scratch, into + row * TILE + i, load(table, ((tile * g.chunks + chunk) * 3 + row) * g.tile + i))
         if chunk > 0:
             _merge_chunk(scratch, mask, _tail_of(g, first, width, chunk), width)
-    _close_groups(scratch, mask, g, tile // tiles, first, width, pointer(stats), eps)
+    _close_groups(scratch, mask, g, tile // tiles, first, width, stats, eps)
 
 
 @Kernel
-def merge_chunks(mask, table, stats, geometry, eps):
+def merge_chunks(geometry, mask, table, stats, eps):
     """Merge the chunks of every tile in order, then its lanes, into `stats`, shape (4, groups)."""
-    for tile in prange(table.shape[0]):
-        _merge_tile(np.int64(tile), mask, table, stats, geometry, eps)
+    p_geometry = pointer(geometry)
+    g = record(p_geometry)
+    p_mask, p_table, p_stats = pointer(mask), pointer(table), pointer(stats)
+    for tile in range(g.K0 * -(-g.lanes // g.tile)):
+        _merge_tile(np.int64(tile), p_mask, p_table, p_stats, g, eps)
 
 
 @scalar
-def _apply_unit(unit, x, y, weight, bias, stats, geometry, by_row):
-    g = geometry[0]
+def _apply_unit(unit, x, y, weight, bias, stats, g, by_row):
     tiles = -(-g.lanes // g.tile)
     # Tiles change fastest: neighbouring units are neighbours in memory.
     pieces = -(-g.chunks // g.piece_chunks)
@@ -592,14 +631,31 @@ def _apply_unit(unit, x, y, weight, bias, stats, geometry, by_row):
     chunk = unit // tiles % pieces * g.piece_chunks
     k0 = unit // (tiles * pieces)
     width = least(g.tile, g.lanes - first)
-    p_x, p_y, p_weight, p_bias = pointer(x), pointer(y), pointer(weight), pointer(bias)
     stop = least(chunk + g.piece_chunks, g.chunks)
-    _write_tile(p_x, p_y, p_weight, p_bias, pointer(stats), g, k0, first, width, chunk, stop, by_row)
+    _write_tile(x, y, weight, bias, stats, g, k0, first, width, chunk, stop, by_row)
+
+
+@scalar
+def _apply_units(job, geometry, x, y, weight, bias, stats, by_row):
+    g = record(geometry)
+    units = g.K0 * -(-g.chunks // g.piece_chunks) * -(-g.lanes // g.tile)
+    unit = claim(job, np.int64(-1), units)
+    while unit < units:
+        _apply_unit(unit, x, y, weight, bias, stats, g, by_row)
+        unit = claim(job, unit, units)
 
 
 @Kernel
-def apply(x, y, weight, bias, stats, geometry, by_row):
-    """Normalize with given statistics, some chunks at a time."""
-    g = geometry[0]
-    for unit in prange(g.K0 * -(-g.chunks // g.piece_chunks) * -(-g.lanes // g.tile)):
-        _apply_unit(np.int64(unit), x, y, weight, bias, stats, geometry, by_row)
+def apply(job, workers, geometry, by_row, x, y, weight, bias, mean, var, stats, eps):
+    """Normalize with given statistics, some chunks at a time; as `rows.apply`."""
+    p_job, p_geometry = pointer(job), pointer(geometry)
+    p_x, p_y, p_weight, p_bias, p_stats = pointer(x), pointer(y), pointer(weight), pointer(bias), pointer(stats)
+    p_mean, p_var = pointer(mean), pointer(var)
+    problem = clash(p_geometry, p_y, p_x, None, None, p_weight, p_bias)
+    if problem != 0:
+        return problem
+    if mean is not None:
+        fill_given(p_job, p_mean, p_var, p_stats, record(p_geometry), eps)
+    for _ in prange(workers):
+        _apply_units(p_job, p_geometry, p_x, p_y, p_weight, p_bias, p_stats, by_row)
+    return 0

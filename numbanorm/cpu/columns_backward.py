@@ -9,8 +9,11 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
+from .address import record
+from .claims import claim
 from .columns import TILE, TOGETHER
-from .dtypes import counts, lane, load, pointer, room, store
+from .dtypes import counts, lane, load, pointer, room, shifted, store
+from .guard import clash
 from .jit import Kernel, elementwise, scalar
 from .lanes import (
     all_lanes,
@@ -30,8 +33,8 @@ from .lanes import (
     until_line,
     width_of,
 )
-from .rows_backward import add_slabs
-from .welford import at, least, most
+from .rows_backward import add_to, clear_gradients, finish_gradients
+from .welford import least, most
 
 FLUSH_ROWS = 64
 """Rows whose products are added in float32 before they go to a lane's float64 sums."""
@@ -57,11 +60,11 @@ def _spread(scratch, x, weight, means, rstds, g, k0, first, width, by_row):
     group, left = start + first // g.R1 % g.K1, g.R1
     channel, channel_left = first // g.inner % g.size, g.inner - first % g.inner
     for i in range(once):  # counted on, not divided
-        mean = at(means, group)
+        mean = load(means, (group) * g.mean_step)
         hi = lane(x, mean)
         store(scratch, _HI + i, hi)
         store(scratch, _LO + i, mean - np.float64(hi))
-        store(scratch, _SCALE + i, at(rstds, group))
+        store(scratch, _SCALE + i, load(rstds, group))
         store(scratch, _GAIN + i, 1.0 if by_row else load(weight, channel))
         left -= 1
         if left == 0:
@@ -97,8 +100,8 @@ def _chunk_sums(sums, scratch, dy, x, weight, gradients, g, k0, first, width, ch
             wide = tail if r == r_stop else width
             # Several rows at once, so that what belongs to a lane is loaded once for all of them.
             together = 1 if by_row else most(np.int64(1), least(np.int64(TOGETHER), least(block_stop, r_stop) - r))
-            x_at = g.x_start + k0 * g.x_K0 + r * g.x_R0 + first
-            dy_at = g.y_start + k0 * g.y_K0 + r * g.y_R0 + first
+            x_at = k0 * g.x_K0 + r * g.x_R0 + first
+            dy_at = k0 * g.y_K0 + r * g.y_R0 + first
             channel = 0
             w = no
             if by_row:
@@ -129,8 +132,8 @@ def _chunk_sums(sums, scratch, dy, x, weight, gradients, g, k0, first, width, ch
                 store_lanes(a, scratch, _A + i)
                 store_lanes(b, scratch, _B + i)
             if by_row:
-                gradients[0, channel] += sum_of_lanes(row_b)
-                gradients[1, channel] += sum_of_lanes(row_a)
+                add_to(gradients, channel, sum_of_lanes(row_b))
+                add_to(gradients, g.size + channel, sum_of_lanes(row_a))
             r += together
         for i in range(width):
             store(sums, i, load(sums, i) + load(scratch, _A + i))
@@ -138,7 +141,7 @@ def _chunk_sums(sums, scratch, dy, x, weight, gradients, g, k0, first, width, ch
 
 
 @scalar
-def _close_groups(total, groups, scratch, weight, counts_of, gradients, g, k0, first, width, by_row, centred):
+def _close_groups(total, groups, scratch, weight, counts_of, gradients, keep, g, k0, first, width, by_row, centred):
     """Merge the lanes' sums into groups and channels, and give every lane its group's means of g and g * h."""
     once = least(width, g.K1 * g.R1)
     for copy in range(once, width, once):
@@ -155,8 +158,9 @@ def _close_groups(total, groups, scratch, weight, counts_of, gradients, g, k0, f
         w = 1.0
         if not by_row:
             w = np.float64(load(weight, channel))
-            gradients[0, channel] += b
-            gradients[1, channel] += a
+            if keep:
+                add_to(gradients, channel, b)
+                add_to(gradients, g.size + channel, a)
         store(groups, group, load(groups, group) + w * a)
         store(groups, TILE + group, load(groups, TILE + group) + w * b)
         left -= 1
@@ -170,7 +174,7 @@ def _close_groups(total, groups, scratch, weight, counts_of, gradients, g, k0, f
     group, left = k0 * g.K1 + first // g.R1 % g.K1, g.R1
     own = np.int64(0)
     for i in range(once):
-        count = at(counts_of, group)
+        count = load(counts_of, (group) * g.count_step)
         # Where nothing counts, as in inference, the statistics do not depend on x.
         share = 1.0 / count if count > 0.0 else 0.0
         store(scratch, _MEAN_G + i, load(groups, own) * share if centred else 0.0)
@@ -192,13 +196,13 @@ def _emit_chunk(scratch, dy, x, dx, mask, weight, counts_of, g, k0, first, width
     tail = least(most(g.tail - first, np.int64(0)), width) if chunk == g.chunks - 1 else 0
     packed = g.lanes * g.rows + g.tail
     # Where dx does not depend on x, as in inference, NaN and Inf in x must not come in by a product with 0.
-    fixed = counts_of.shape[0] == 1 and counts_of[0] == 0.0
+    fixed = g.count_step == 0 and load(counts_of, 0) == 0.0
     r = r_start
     while r < r_stop + (1 if tail > 0 else 0):
         wide = tail if r == r_stop else width
         together = most(np.int64(1), least(np.int64(TOGETHER), r_stop - r))
-        x_at = g.x_start + k0 * g.x_K0 + r * g.x_R0 + first
-        dy_at = g.y_start + k0 * g.y_K0 + r * g.y_R0 + first
+        x_at = k0 * g.x_K0 + r * g.x_R0 + first
+        dy_at = k0 * g.y_K0 + r * g.y_R0 + first
         dx_at = k0 * packed + r * g.lanes + first
         # Past the caches only whole lines can go; in them parts of vectors at both ends of every row take longer than
         # vectors across lines: 80 us, not 35, for 100,352 elements in rows of 192.
@@ -223,7 +227,7 @@ def _emit_chunk(scratch, dy, x, dx, mask, weight, counts_of, g, k0, first, width
                 if fixed:
                     c = no
                 elif mask is not None:
-                    mask_at = g.mask_start + k0 * g.mask_K0 + (r + t) * g.mask_R0 + first * g.mask_R1
+                    mask_at = k0 * g.mask_K0 + (r + t) * g.mask_R0 + first * g.mask_R1
                     if g.mask_R1 != 0:
                         c = choose(marked_lanes(no, mask, mask_at + i, part), c)
                     elif not counts(mask, mask_at):
@@ -247,8 +251,8 @@ def _emit_chunk(scratch, dy, x, dx, mask, weight, counts_of, g, k0, first, width
 def _backward_tile(dy, x, dx, mask, weight, counts_of, means, rstds, gradients, g, k0, first, width, by_row, centred):
     """Take one tile: sums over its rows, then dx."""
     scratch = room(weight, _ROOM)
-    sums = room(pointer(means), _SUMS_ROOM)
-    total = room(pointer(means), _SUMS_ROOM)
+    sums = room(means, _SUMS_ROOM)
+    total = room(means, _SUMS_ROOM)
     for i in range(2 * TILE):
         store(total, i, 0.0)
     _spread(scratch, x, weight, means, rstds, g, k0, first, width, by_row)
@@ -256,108 +260,143 @@ def _backward_tile(dy, x, dx, mask, weight, counts_of, means, rstds, gradients, 
         _chunk_sums(sums, scratch, dy, x, weight, gradients, g, k0, first, width, chunk, by_row)
         for i in range(2 * TILE):
             store(total, i, load(total, i) + load(sums, i))
-    _close_groups(total, sums, scratch, weight, counts_of, gradients, g, k0, first, width, by_row, centred)
+    _close_groups(total, sums, scratch, weight, counts_of, gradients, True, g, k0, first, width, by_row, centred)
     for chunk in range(g.chunks - 1, -1, -1):  # the last rows may still be in the L2 cache
         _emit_chunk(scratch, dy, x, dx, mask, weight, counts_of, g, k0, first, width, chunk, by_row)
 
 
 @scalar
-def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradients, geometry, centred):
+def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradients, g):
     """Take one slab: the samples of one tile, or, where weights lie along the rows, some tiles of all samples."""
-    g = geometry[0]
+    centred = g.centred != 0
     tiles = -(-g.lanes // g.tile)
     by_row = g.inner % g.lanes == 0
-    slabs = gradients.shape[0]
+    slabs = g.slabs
     own = 1 if by_row else tiles  # tiles with weights of their own: they may share a slab's gradients
     slab = unit // own
     items = g.K0 * tiles // own
-    p_dy, p_x, p_dx, p_mask, p_w = pointer(dy), pointer(x), pointer(dx), pointer(mask), pointer(weight)
+    of_slab = shifted(gradients, slab * 2 * g.size)
     for item in range(slab * items // slabs, (slab + 1) * items // slabs):
         k0 = item // tiles if by_row else item
         first = (item if by_row else unit) % tiles * g.tile
         width = least(g.tile, g.lanes - first)
-        _backward_tile(
-            p_dy,
-            p_x,
-            p_dx,
-            p_mask,
-            p_w,
-            counts_of,
-            means,
-            rstds,
-            gradients[slab],
-            g,
-            k0,
-            first,
-            width,
-            by_row,
-            centred,
-        )
-
-
-@Kernel
-def backward(dy, x, dx, mask, weight, counts_of, means, rstds, slabs, result, geometry, centred):
-    """Write dx, and to `result`, shape (2, size), dweight and dbias."""
-    g = geometry[0]
-    tiles = 1 if g.inner % g.lanes == 0 else -(-g.lanes // g.tile)
-    gradients = np.zeros((slabs, 2, result.shape[1]))
-    for unit in prange(slabs * tiles):
-        _backward_unit(np.int64(unit), dy, x, dx, mask, weight, counts_of, means, rstds, gradients, geometry, centred)
-    add_slabs(gradients, result)
+        _backward_tile(dy, x, dx, mask, weight, counts_of, means, rstds, of_slab, g, k0, first, width, by_row, centred)
 
 
 @scalar
-def _sum_unit(unit, dy, x, weight, counts_of, means, rstds, table, geometry):
-    g = geometry[0]
+def _backward_units(job, geometry, dy, x, dx, mask, weight, counts_of, means, rstds, gradients):
+    g = record(geometry)
+    units = g.slabs * (1 if g.inner % g.lanes == 0 else -(-g.lanes // g.tile))
+    unit = claim(job, np.int64(-1), units)
+    while unit < units:
+        _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradients, g)
+        unit = claim(job, unit, units)
+
+
+@Kernel
+def backward(job, workers, geometry, dy, x, dx, mask, weight, counts_of, means, rstds, gradients, result):
+    """Do what `rows_backward.backward` does."""
+    p_job, p_geometry = pointer(job), pointer(geometry)
+    p_dy, p_x, p_dx, p_mask, p_weight = pointer(dy), pointer(x), pointer(dx), pointer(mask), pointer(weight)
+    p_counts, p_means, p_rstds, p_gradients = pointer(counts_of), pointer(means), pointer(rstds), pointer(gradients)
+    problem = clash(p_geometry, None, p_x, p_dy, p_mask, p_weight, None)
+    if problem != 0:
+        return problem
+    clear_gradients(p_job, p_geometry, p_gradients)
+    for _ in prange(workers):
+        _backward_units(p_job, p_geometry, p_dy, p_x, p_dx, p_mask, p_weight, p_counts, p_means, p_rstds, p_gradients)
+    finish_gradients(p_job, p_geometry, p_gradients, pointer(result))
+    return 0
+
+
+@scalar
+def _sum_unit(unit, dy, x, weight, means, rstds, table, g):
     tile = unit // g.chunks
     chunk = unit % g.chunks
     first = tile * g.tile
     width = least(g.tile, g.lanes - first)
-    p_dy, p_x, p_weight = pointer(dy), pointer(x), pointer(weight)
-    scratch = room(p_weight, _ROOM)
-    sums = room(pointer(means), _SUMS_ROOM)
-    _spread(scratch, p_x, p_weight, means, rstds, g, 0, first, width, False)
-    _chunk_sums(sums, scratch, p_dy, p_x, p_weight, table[0, 0], g, 0, first, width, chunk, False)
+    scratch = room(weight, _ROOM)
+    sums = room(means, _SUMS_ROOM)
+    _spread(scratch, x, weight, means, rstds, g, 0, first, width, False)
+    _chunk_sums(sums, scratch, dy, x, weight, table, g, 0, first, width, chunk, False)
     for i in range(width):
-        table[tile, chunk, 0, i] = load(sums, i)
-        table[tile, chunk, 1, i] = load(sums, TILE + i)
-
-
-@Kernel
-def chunk_sums(dy, x, weight, counts_of, means, rstds, table, geometry):
-    """Write the two sums of every lane of every chunk to `table`, shape (tiles, chunks, 2, tile); K0 is 1."""
-    for unit in prange(table.shape[0] * table.shape[1]):
-        _sum_unit(np.int64(unit), dy, x, weight, counts_of, means, rstds, table, geometry)
+        store(table, 2 * unit * g.tile + i, load(sums, i))
+        store(table, (2 * unit + 1) * g.tile + i, load(sums, TILE + i))
 
 
 @scalar
-def _emit_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, table, gradients, geometry, centred):
-    g = geometry[0]
-    tiles = table.shape[0]
-    tile = unit % tiles
-    first = tile * g.tile
-    width = least(g.tile, g.lanes - first)
-    p_dy, p_x, p_dx, p_mask, p_w = pointer(dy), pointer(x), pointer(dx), pointer(mask), pointer(weight)
-    scratch = room(p_w, _ROOM)
-    groups = room(pointer(means), _SUMS_ROOM)
-    total = room(pointer(means), _SUMS_ROOM)
-    for i in range(2 * TILE):
-        store(total, i, 0.0)
-    for chunk in range(g.chunks):
-        for i in range(width):
-            store(total, i, load(total, i) + table[tile, chunk, 0, i])
-            store(total, TILE + i, load(total, TILE + i) + table[tile, chunk, 1, i])
-    _spread(scratch, p_x, p_w, means, rstds, g, 0, first, width, False)
-    # Every chunk closes the groups for itself; the first alone adds to the gradients.
-    own = gradients if unit // tiles == 0 else np.zeros(gradients.shape)
-    _close_groups(total, groups, scratch, p_w, counts_of, own, g, 0, first, width, False, centred)
-    _emit_chunk(scratch, p_dy, p_x, p_dx, p_mask, p_w, counts_of, g, 0, first, width, unit // tiles, False)
+def _sum_units(job, geometry, dy, x, weight, means, rstds, table):
+    g = record(geometry)
+    units = -(-g.lanes // g.tile) * g.chunks
+    unit = claim(job, np.int64(-1), units)
+    while unit < units:
+        _sum_unit(unit, dy, x, weight, means, rstds, table, g)
+        unit = claim(job, unit, units)
 
 
 @Kernel
-def emit(dy, x, dx, mask, weight, counts_of, means, rstds, table, gradients, geometry, centred):
-    """Write dx and gradients, shape (2, size), from the sums of all chunks; K0 is 1."""
-    for unit in prange(table.shape[0] * table.shape[1]):
-        _emit_unit(
-            np.int64(unit), dy, x, dx, mask, weight, counts_of, means, rstds, table, gradients, geometry, centred
+def chunk_sums(job, workers, geometry, dy, x, weight, means, rstds, table):
+    """Write the two sums of every lane of every chunk to `table`, shape (tiles, chunks, 2, tile); K0 is 1."""
+    p_job, p_geometry = pointer(job), pointer(geometry)
+    p_dy, p_x, p_weight = pointer(dy), pointer(x), pointer(weight)
+    p_means, p_rstds, p_table = pointer(means), pointer(rstds), pointer(table)
+    problem = clash(p_geometry, None, p_x, p_dy, None, p_weight, None)
+    if problem != 0:
+        return problem
+    for _ in prange(workers):
+        _sum_units(p_job, p_geometry, p_dy, p_x, p_weight, p_means, p_rstds, p_table)
+    return 0
+
+
+@scalar
+def _emit_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, table, gradients, g):
+    centred = g.centred != 0
+    tiles = -(-g.lanes // g.tile)
+    tile = unit % tiles
+    first = tile * g.tile
+    width = least(g.tile, g.lanes - first)
+    scratch = room(weight, _ROOM)
+    groups = room(means, _SUMS_ROOM)
+    total = room(means, _SUMS_ROOM)
+    for i in range(2 * TILE):
+        store(total, i, 0.0)
+    for chunk in range(g.chunks):
+        of = 2 * (tile * g.chunks + chunk) * g.tile
+        for i in range(width):
+            store(total, i, load(total, i) + load(table, of + i))
+            store(total, TILE + i, load(total, TILE + i) + load(table, of + g.tile + i))
+    _spread(scratch, x, weight, means, rstds, g, 0, first, width, False)
+    # Every chunk closes the groups for itself; the first alone adds to the gradients.
+    keep = unit // tiles == 0
+    _close_groups(total, groups, scratch, weight, counts_of, gradients, keep, g, 0, first, width, False, centred)
+    _emit_chunk(scratch, dy, x, dx, mask, weight, counts_of, g, 0, first, width, unit // tiles, False)
+
+
+@scalar
+def _emit_units(job, geometry, dy, x, dx, mask, weight, counts_of, means, rstds, table, gradients):
+    g = record(geometry)
+    units = -(-g.lanes // g.tile) * g.chunks
+    unit = claim(job, np.int64(-1), units)
+    while unit < units:
+        _emit_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, table, gradients, g)
+        unit = claim(job, unit, units)
+
+
+@Kernel
+def emit(job, workers, geometry, dy, x, dx, mask, weight, counts_of, means, rstds, table, gradients):
+    """Write dx, and add to `gradients` dweight and dbias, from the sums of all chunks; K0 is 1.
+
+    `gradients`, shape (2, size), is 0 before.
+    """
+    p_job, p_geometry = pointer(job), pointer(geometry)
+    p_dy, p_x, p_dx, p_mask, p_weight = pointer(dy), pointer(x), pointer(dx), pointer(mask), pointer(weight)
+    p_counts, p_means, p_rstds = pointer(counts_of), pointer(means), pointer(rstds)
+    p_table, p_gradients = pointer(table), pointer(gradients)
+    problem = clash(p_geometry, None, p_x, p_dy, p_mask, p_weight, None)
+    if problem != 0:
+        return problem
+    for _ in prange(workers):
+        _emit_units(
+            p_job, p_geometry, p_dy, p_x, p_dx, p_mask, p_weight, p_counts, p_means, p_rstds, p_table, p_gradients
         )
+    return 0

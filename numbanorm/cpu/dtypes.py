@@ -10,21 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 import llvmlite.binding
-import numpy as np
 from llvmlite import ir
 from numba import config, types
 from numba.extending import intrinsic
 
-from ..core.dtypes import NARROW, format_of
+from ..core.dtypes import NARROW
 
 LINE = 64
 """Bytes of a cache line."""
-
-
-def kernel_view(array: np.ndarray) -> np.ndarray:
-    """Return `array` as the kernels take it: half precision as its record view, all else as it is."""
-    form = format_of(array.dtype)
-    return array if form is None or form.record is None else array.view(form.record)
 
 
 def element_format(dtype: Any) -> str:
@@ -46,7 +39,7 @@ def lane_of(array):
 
 @intrinsic
 def pointer(typing_context, array):
-    """Return the address of an argument's elements, None for None.
+    """Return the address of an argument's elements as a pointer, None for None.
 
     What `load` and `store` do with an array they do with its pointer. Functions that are called for every row take
     pointers: arrays are counted by atomic operations at every call, 70 ns a row for six of them, and all threads would
@@ -56,9 +49,31 @@ def pointer(typing_context, array):
         return array(array), lambda context, builder, signature, arguments: arguments[0]
 
     def generate(context, builder, signature, arguments):
-        return context.make_array(array)(context, builder, arguments[0]).data
+        if isinstance(array, types.Array):
+            return context.make_array(array)(context, builder, arguments[0]).data
+        return arguments[0]
 
     return types.CPointer(array.dtype)(array), generate
+
+
+@intrinsic
+def shifted(typing_context, address, count):
+    """Return the address that lies so many elements further on."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.gep(arguments[0], [arguments[1]])
+
+    return address(address, types.intp), generate
+
+
+@intrinsic
+def retyped(typing_context, address, like):
+    """Return an address as that of elements of the dtype of `like`."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like.dtype)(address, like), generate
 
 
 @intrinsic(prefer_literal=True)

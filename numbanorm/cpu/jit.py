@@ -133,17 +133,16 @@ _warned = False
 
 
 class Kernel:
-    """One function, compiled twice on demand: `serial`, and `parallel` where its `prange` loops use all threads.
+    """One function, compiled on demand: `serial`, and `parallel` where its `prange` loop uses Numba's threads.
 
-    A `prange` loop does nothing but hand its index, as int64 (it is unsigned, and uint64 with int64 makes float64), to
-    a function that does one unit of work: the larger its body, the longer Numba takes to compile it.
-
-    The twin serves one thread, small inputs (a parallel launch costs 2 to 100 us) and processes in which threads
-    must not start. Both run the same arithmetic in the same order, so both give the same bits.
+    A kernel's `prange` loop is over workers, each of which claims units of work (`claims`) until none is left. One
+    worker is a call on one thread; further threads of Python's run the serial twin on the same job; the parallel twin
+    runs as many workers as Numba has threads. All do the same units, so all give the same bits.
     """
 
     def __init__(self, function: Callable[..., None]) -> None:
         self._function = function
+        self.name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
         self.__doc__ = function.__doc__
 
     @cached_property
@@ -155,6 +154,13 @@ class Kernel:
     def parallel(self) -> Callable[..., None]:
         """The twin with threads."""
         return _compiled(self._function, parallel=True)
+
+    def bound(self, *signature: Any, parallel: bool = False) -> Callable[..., Any]:
+        """Return the entry point for arguments of these types, compiled or loaded now: no later call looks at types."""
+        dispatcher: Any = self.parallel if parallel else self.serial
+        dispatcher.compile(signature)
+        entry: Callable[..., Any] = dispatcher.overloads[signature].entry_point
+        return entry
 
 
 def _compiled(function: Callable[..., None], *, parallel: bool) -> Callable[..., None]:

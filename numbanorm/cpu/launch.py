@@ -13,7 +13,11 @@ import numpy as np
 from llvmlite.binding import get_host_cpu_name
 from numba import config
 
+from ..backend import Backward, Forward, Reading
+from ..core.dtypes import Format
+from ..core.norms import SCALES
 from ..core.plan import Placement, Plan
+from ..core.spec import ArraySpec, bounds
 from .columns import BLOCK_ROWS, TILE
 from .rows import AHEAD, AHEAD_NEAR, ROWS_APART
 from .sums import TOGETHER, UNIT_GROUPS
@@ -111,6 +115,12 @@ SPANS = 64
 STRIP = 32
 """Lanes that a vector holds: tiles are cut between them."""
 
+SLAB_ELEMENTS = 1 << 16
+"""Elements from which a slab pays: clearing and adding its gradients takes as long as about a twentieth of these."""
+
+MAX_SLABS = 64
+"""Slabs of samples with gradients of weights of their own: enough for 64 threads."""
+
 MAX_CHUNKS = 64
 """Chunks a tile of the columns kernel: enough for 64 threads."""
 
@@ -118,15 +128,18 @@ TABLE_BYTES = 1 << 20
 """Bound on the partial moments of all chunks of the columns kernel, at 24 bytes a lane."""
 
 _FIELDS = """
-    K0 R0 K1 R1 inner size
-    x_start x_K0 x_R0 x_K1 y_start y_K0 y_R0 y_K1 mask_start mask_K0 mask_R0 mask_K1 mask_R1
+    K0 R0 K1 R1 inner size centred scale
+    x_K0 x_R0 x_K1 y_K0 y_R0 y_K1 mask_K0 mask_R0 mask_K1 mask_R1
+    x_itemsize y_itemsize lane_itemsize x_low x_high y_low y_high mask_low mask_high same
+    mean_step count_step slabs
+    run_samples run_channels run_sample_step run_step run_mean_itemsize run_var_itemsize
     unit_groups together span_groups span_pieces ahead ahead_out stream pairs blocks by_rows channel_runs
     back_groups
     rows lanes tail tile block_rows chunk_rows chunk_runs chunk_width across chunks block_runs piece_runs piece_chunks
 """
 
 GEOMETRY = np.dtype([(name, np.int64) for name in _FIELDS.split()], align=True)
-"""What a kernel must know of a view; the kernels read it by name from an array of two (see `rows.forward`)."""
+"""What a kernel must know of a call; it reads it by name from the first of an array of two."""
 
 
 @lru_cache(maxsize=4096)
@@ -149,6 +162,7 @@ def geometry(plan: Plan, affine: bool, itemsize: int = 4) -> np.ndarray:
         mask = plan.mask or plan.packed
         _write(g, "mask", mask)
         g["mask_R1"] = mask.strides[3]
+        g["centred"], g["scale"] = layout.centred, SCALES.index(layout.record.scale)
         g["stream"] = plan.size >= STREAM_FROM
         if plan.columns:
             # Folded rows keep their weights only where weights lie along the lanes.
@@ -160,7 +174,6 @@ def geometry(plan: Plan, affine: bool, itemsize: int = 4) -> np.ndarray:
 
 
 def _write(g: np.void, prefix: str, placement: Placement) -> None:
-    g[f"{prefix}_start"] = placement.start
     for name, stride in zip(("K0", "R0", "K1"), placement.strides[:3], strict=True):
         g[f"{prefix}_{name}"] = stride
 
@@ -258,3 +271,91 @@ def _columns(g: np.void, size: int, folds: bool) -> None:
         step = ROWS_AHEAD * int(g["x_R0"])
         g["ahead"] = max(AHEAD, step) if g["x_R0"] == lanes == g["tile"] else step
         g["ahead_out"] = AHEAD if ASKS_AHEAD else 0
+
+
+def geometry_of_forward(call: Forward) -> np.ndarray:
+    """Return the geometry of a forward call: its second record reads the packed sum of input and residual."""
+    plan, form = call.plan, call.form
+    x = call.x.given if call.x.packed is None else call.x.packed
+    affine = call.weight is not None or call.bias is not None
+    both = geometry(plan, affine, x.dtype.itemsize).copy()
+    target = call.written
+    for g in both:
+        _bound(g, x, target, call.mask, form)
+    packed = both[1]
+    packed["x_itemsize"], (packed["x_low"], packed["x_high"]) = form.result.itemsize, bounds(target)
+    return both
+
+
+def geometry_of_backward(call: Backward, counted: bool = False) -> np.ndarray:
+    """Return the geometry of a backward call; `counted`: each group has a count of its own."""
+    plan, form = call.plan, call.form
+    x = call.x.given if call.x.packed is None else call.x.packed
+    both = geometry(plan, True, x.dtype.itemsize).copy()
+    for g in both:
+        _bound(g, x, call.fresh, call.mask, form)
+        g["mean_step"], g["count_step"] = plan.layout.centred, counted
+        g["slabs"] = _slabs(plan, both)
+    return both
+
+
+def _bound(g: np.void, x: ArraySpec, y: ArraySpec, mask: Reading | None, form: Format) -> None:
+    """Tell where arrays begin and end, and how large elements are."""
+    g["x_itemsize"], g["y_itemsize"], g["lane_itemsize"] = x.dtype.itemsize, y.dtype.itemsize, form.lane.itemsize
+    g["x_low"], g["x_high"] = bounds(x)
+    g["y_low"], g["y_high"] = bounds(y)
+    g["same"] = x is y
+    if mask is not None:
+        g["mask_low"], g["mask_high"] = bounds(mask.given if mask.packed is None else mask.packed)
+
+
+def variants(geometry: np.ndarray, whole: bool) -> tuple[bool | None, bool | None, bool | None]:
+    """Return `pairs`, `blocks` and `chunks` as the rows kernel takes them; `whole`: without a mask."""
+    g = geometry[0]
+    blocks = whole and bool(g["blocks"])
+    return True if whole and g["pairs"] else None, True if blocks else None, None if blocks else True
+
+
+def by_row(plan: Plan, geometry: np.ndarray) -> bool | None:
+    """Return, as the columns kernel takes it, whether each row of it has one weight: True or None."""
+    return True if plan.layout.inner % int(geometry[0]["lanes"]) == 0 else None
+
+
+def tiles_of(geometry: np.ndarray) -> int:
+    """Return the tiles of the columns kernel."""
+    g = geometry[0]
+    return int(g["K0"]) * -(-int(g["lanes"]) // int(g["tile"]))
+
+
+def group_of_lanes(plan: Plan, geometry: np.ndarray) -> np.ndarray:
+    """Return the group of every lane of the columns kernel, where K0 is 1."""
+    _, _, k1, r1 = plan.layout.view
+    return np.arange(int(geometry[0]["lanes"])) // r1 % k1
+
+
+def is_along(plan: Plan) -> bool:
+    """Tell whether each group is one row with weights along it."""
+    _, r0, _, r1 = plan.layout.view
+    return plan.layout.inner == r0 == 1 and plan.layout.size == r1
+
+
+def is_long(plan: Plan) -> bool:
+    """Tell whether rows with weights along them are so long that their gradients are taken block by block."""
+    layout = plan.layout
+    k0, _, _, r1 = layout.view
+    return layout.inner == 1 and layout.groups == k0 and layout.count == r1 > CHUNK
+
+
+def slabs_of(geometry: np.ndarray) -> int:
+    """Return into how many slabs a backward cuts its work."""
+    return int(geometry[0]["slabs"])
+
+
+def _slabs(plan: Plan, geometry: np.ndarray) -> int:
+    """Return into how many slabs, from the shape alone, a backward cuts its work, each with gradients of its own."""
+    k0, _, k1, _ = plan.layout.view
+    items, own = k0, k1  # items of work on each set of weights, and such sets
+    if plan.columns:
+        tiles = tiles_of(geometry) // k0
+        items, own = (k0 * tiles, 1) if by_row(plan, geometry) else (k0, tiles)
+    return max(1, min(items, MAX_SLABS // own, TABLE_BYTES // (16 * plan.layout.size), plan.size // SLAB_ELEMENTS))

@@ -10,7 +10,10 @@ import numpy as np
 from numba import prange
 
 from ..core.plan import COUNT, M2, MEAN, RSTD
-from .dtypes import counts, lane, load, pointer, room, store
+from .address import record
+from .claims import claim
+from .dtypes import counts, lane, load, pointer, retyped, room, store
+from .guard import clash
 from .jit import Kernel, inlined, scalar
 from .lanes import (
     HEAD_FROM,
@@ -35,6 +38,7 @@ from .lanes import (
     until_line,
     width_of,
 )
+from .running import fill_given
 from .sums import (
     BOOKS_ROOM,
     HELD_ROOM,
@@ -252,8 +256,8 @@ def _is_safe(rstd):
 def _run_of(g, k0, r0, k1):
     """Return where a run begins in x, in y and in packed memory."""
     return (
-        g.x_start + k0 * g.x_K0 + r0 * g.x_R0 + k1 * g.x_K1,
-        g.y_start + k0 * g.y_K0 + r0 * g.y_R0 + k1 * g.y_K1,
+        k0 * g.x_K0 + r0 * g.x_R0 + k1 * g.x_K1,
+        k0 * g.y_K0 + r0 * g.y_R0 + k1 * g.y_K1,
         ((k0 * g.R0 + r0) * g.K1 + k1) * g.R1,
     )
 
@@ -301,7 +305,7 @@ def _normalize(x, residual, total, y, weight, bias, g, run, k1, j, width, mean, 
 @scalar
 def _add_run(x, residual, total, g, k0, r0, k1):
     """Write one run of x + residual, rounded to the dtype of `total`, which is packed."""
-    start = g.x_start + k0 * g.x_K0 + r0 * g.x_R0 + k1 * g.x_K1
+    start = k0 * g.x_K0 + r0 * g.x_R0 + k1 * g.x_K1
     flat = ((k0 * g.R0 + r0) * g.K1 + k1) * g.R1
     no = no_lanes(x)
     for i in range(0, g.R1, width_of(no)):
@@ -340,7 +344,7 @@ def _write_ends(x, residual, total, y, weight, bias, g, x_at, group, head, mean,
     rest = width_of(hi) - head
     after, held = carry
     flat = group * g.R1
-    y_at = g.y_start + flat
+    y_at = flat
     first, last = np.int64(0), g.R1 - rest
     places = (x_at, flat, first)
     joins = held > 0 and after == y_at
@@ -360,7 +364,7 @@ def _write_ends(x, residual, total, y, weight, bias, g, x_at, group, head, mean,
 @inlined
 def _x_of(g, group):
     """Return where a group of one run begins in x."""
-    return g.x_start + group // g.K1 * g.x_K0 + group % g.K1 * g.x_K1
+    return group // g.K1 * g.x_K0 + group % g.K1 * g.x_K1
 
 
 @scalar
@@ -378,7 +382,7 @@ def _stream_pair(x, residual, total, y, weight, bias, g, group, held, edge, carr
     step = width_of(no)
     a, b, c, d = _x_of(g, group), _x_of(g, group + 1), _x_of(g, group + 2), _x_of(g, group + 3)
     flat_a, flat_b = group * g.R1, (group + 1) * g.R1
-    y_a, y_b = g.y_start + flat_a, g.y_start + flat_b
+    y_a, y_b = flat_a, flat_b
     mean_a, mean_b = load(held, 0), load(held, 1)
     rstd_a, rstd_b = load(held, UNIT_GROUPS), load(held, UNIT_GROUPS + 1)
     hi_a, gain_a, low_a = map_of(x, mean_a, rstd_a)
@@ -453,7 +457,7 @@ def _stream_pair(x, residual, total, y, weight, bias, g, group, held, edge, carr
 
 
 @scalar
-def _settle_unit(held, n, stats, any_stats, groups, base, eps):
+def _settle_unit(held, n, stats, keep, groups, base, eps, scale):
     """Put rstd in the place of the M2 of a unit's `n` groups; keep statistics for those who want them.
 
     Return whether all of them are safe (`_is_safe`).
@@ -464,10 +468,10 @@ def _settle_unit(held, n, stats, any_stats, groups, base, eps):
     safe = True
     for i in range(n):
         mean, m2, count = load(held, i), load(held, UNIT_GROUPS + i), load(held, 2 * UNIT_GROUPS + i)
-        rstd = rstd_of(count, m2, eps)
+        rstd = rstd_of(count, m2, eps, scale)
         safe &= _is_safe(rstd)
         store(held, UNIT_GROUPS + i, rstd)
-        if any_stats:
+        if keep:
             _store_statistics(stats, groups, base + i, count, mean, m2, rstd)
     return safe
 
@@ -495,8 +499,8 @@ def _write_rows(x, residual, total, y, weight, bias, g, base, n, held, stream):
     2.07 ms so on Zen 4, and 1.47 by rows, RMSNorm 1.92 and 1.21.
     """
     step = width_of(no_lanes(x))
-    a, t = g.x_start + base * g.x_K0, base * g.R1
-    b = g.y_start + t
+    a, t = base * g.x_K0, base * g.R1
+    b = t
     both = stream if total is None else g.stream != 0 and until_line(total, t) == 0
     a_row, row, none = g.x_K0, g.R1, np.int64(0)
     fours = n - n % 4 if row < ROWS_APART else none  # weights are read once for four rows
@@ -530,21 +534,16 @@ def _write_rows(x, residual, total, y, weight, bias, g, base, n, held, stream):
 
 
 @scalar
-def _forward_span(
-    span, x, residual, total, y, mask, weight, bias, stats, geometry, eps, centred, pairs, blocks, chunks
-):
+def _forward_span(span, x, residual, total, y, mask, weight, bias, stats, keep, g, eps, pairs, blocks, chunks):
     """Take some groups, unit by unit: statistics of a unit's groups, then their output, while they are in the cache.
 
     A group's statistics end in a chain of divisions; those of the next do not wait for it, its own output would. A
     fence after each group would wait for its streams: 3 of 34 ms at (16384, 4096).
     """
-    g = geometry[0]
-    p_x, p_y, p_mask, p_weight, p_bias = pointer(x), pointer(y), pointer(mask), pointer(weight), pointer(bias)
-    p_residual, p_total, p_stats = pointer(residual), pointer(total), pointer(stats)
-    edge = room(p_y, EDGE)
-    held = room(p_stats, HELD_ROOM)
-    books = room(p_stats, BOOKS_ROOM)
-    any_stats = stats.shape[1] != 0
+    centred = g.centred != 0
+    edge = room(y, EDGE)
+    held = room(stats, HELD_ROOM)
+    books = room(stats, BOOKS_ROOM)
     carry = (np.int64(0), np.int64(0))
     groups = g.K0 * g.K1
     first = span * g.span_groups
@@ -557,39 +556,39 @@ def _forward_span(
         group = base
         if blocks is not None:
             for i in range(after - base):
-                sum_block(p_x, p_residual, g, k0, k1, held, i, centred)
+                sum_block(x, residual, g, k0, k1, held, i, centred)
                 k0, k1 = _next_group(g, k0, k1)
-            settle_blocks(p_x, p_residual, g, base, after - base, held, centred)
+            settle_blocks(x, residual, g, base, after - base, held, centred)
         if chunks is not None:
             while group < after:
                 n = least(g.together, least(after - group, g.K1 - k1))
-                unit_moments(p_x, p_residual, p_mask, g, k0, k1, n, books, held, group - base, centred)
+                unit_moments(x, residual, mask, g, k0, k1, n, books, held, group - base, centred)
                 group += n
                 k0, k1 = _next_group(g, k0, k1 + n - 1)
-        safe = _settle_unit(held, after - base, p_stats, any_stats, groups, base, eps)
+        safe = _settle_unit(held, after - base, stats, keep, groups, base, eps, g.scale)
         if pairs is not None:
             while base + 4 <= stop and _is_safe(load(held, UNIT_GROUPS)) and _is_safe(load(held, UNIT_GROUPS + 1)):
                 moments, others, carry = _stream_pair(
-                    p_x, p_residual, p_total, p_y, p_weight, p_bias, g, base, held, edge, carry, centred
+                    x, residual, total, y, weight, bias, g, base, held, edge, carry, centred
                 )
                 base += 2
                 after += 2
                 hold(held, np.int64(0), moments)
                 hold(held, np.int64(1), others)
-                _settle_unit(held, np.int64(2), p_stats, any_stats, groups, base, eps)
+                _settle_unit(held, np.int64(2), stats, keep, groups, base, eps, g.scale)
                 k0, k1 = after // g.K1, after % g.K1
                 out0, out1 = base // g.K1, base % g.K1
         i = np.int64(0)
         if blocks is not None:
-            in_lines = until_line(p_y, g.y_start) == 0
-            if safe and g.by_rows != 0 and (in_lines or g.stream == 0 or g.R1 * y.itemsize <= WHOLE_BYTES):
+            in_lines = until_line(y, 0) == 0
+            if safe and g.by_rows != 0 and (in_lines or g.stream == 0 or g.R1 * g.y_itemsize <= WHOLE_BYTES):
                 _write_rows(
-                    p_x,
-                    p_residual,
-                    p_total,
-                    p_y,
-                    p_weight,
-                    p_bias,
+                    x,
+                    residual,
+                    total,
+                    y,
+                    weight,
+                    bias,
                     g,
                     base,
                     after - base,
@@ -607,22 +606,32 @@ def _forward_span(
                     mean, rstd = load(held, group), load(held, UNIT_GROUPS + group)
                     run = _run_of(g, k0_of, r0, k1_of)
                     carry = _normalize(
-                        p_x, p_residual, p_total, p_y, p_weight, p_bias, g, run, k1_of, 0, g.R1, mean, rstd, edge, carry
+                        x, residual, total, y, weight, bias, g, run, k1_of, 0, g.R1, mean, rstd, edge, carry
                     )
                     k0_of, k1_of = _next_group(g, k0_of, k1_of)
             i += n
             base += n
             out0, out1 = k0_of, k1_of
-    _write_edge(p_y, edge, carry)
+    _write_edge(y, edge, carry)
     if g.stream != 0:
         settle_streams()
 
 
-@Kernel
-def forward(x, residual, total, y, mask, weight, bias, stats, geometry, eps, centred, pairs, blocks, chunks):
-    """Normalize group by group: statistics, then output, while the group is in the cache.
+@scalar
+def _forward_spans(job, geometry, x, residual, total, y, mask, weight, bias, stats, keep, eps, pairs, blocks, chunks):
+    g = record(geometry)
+    spans = -(-(g.K0 * g.K1) // g.span_groups)
+    span = claim(job, np.int64(-1), spans)
+    while span < spans:
+        _forward_span(span, x, residual, total, y, mask, weight, bias, stats, keep, g, eps, pairs, blocks, chunks)
+        span = claim(job, span, spans)
 
-    `stats` has a column for each group, or none where nobody wants them.
+
+@Kernel
+def forward(job, workers, geometry, pairs, blocks, chunks, x, residual, total, y, mask, weight, bias, stats, eps, keep):
+    """Normalize group by group: statistics, then output, while the group is in the cache; return `clash`'s answer.
+
+    `stats` has a column for each group; `keep` is false where nobody wants them, and it may have none.
 
     With `residual`, which lies as `x` does, x + residual is normalized in place of `x`, and written to `total`, packed,
     beside the output: to write it before its statistics would cost a fetch of its lines.
@@ -631,58 +640,89 @@ def forward(x, residual, total, y, mask, weight, bias, stats, geometry, eps, cen
     statistics of the next two (`_stream_pair`); each group is a block of its own, or chunks of blocks. The type tells,
     so that a first call does not wait for what other arrays take: 0.8 s for pairs, 0.7 for chunks, 0.2 for blocks.
     """
-    g = geometry[0]
-    for span in prange(-(-(g.K0 * g.K1) // g.span_groups)):
-        _forward_span(
-            np.int64(span),
-            x,
-            residual,
-            total,
-            y,
-            mask,
-            weight,
-            bias,
-            stats,
-            geometry,
+    p_job, p_geometry = pointer(job), pointer(geometry)
+    p_x, p_y, p_mask, p_weight, p_bias = pointer(x), pointer(y), pointer(mask), pointer(weight), pointer(bias)
+    p_residual, p_total, p_stats = pointer(residual), pointer(total), pointer(stats)
+    problem = clash(p_geometry, p_y, p_x, p_residual, p_mask, p_weight, p_bias)
+    if problem != 0:
+        return problem
+    for _ in prange(workers):
+        _forward_spans(
+            p_job,
+            p_geometry,
+            p_x,
+            p_residual,
+            p_total,
+            p_y,
+            p_mask,
+            p_weight,
+            p_bias,
+            p_stats,
+            keep,
             eps,
-            centred,
             pairs,
             blocks,
             chunks,
         )
+    return 0
 
 
 @scalar
-def _moments_unit(unit, x, mask, table, geometry, centred):
-    g = geometry[0]
+def _chunk_moments(unit, x, mask, table, g):
+    centred = g.centred != 0
     group = unit // g.chunks
     chunk = unit % g.chunks
-    p_table = pointer(table)
-    books = room(p_table, BOOKS_ROOM)
+    books = room(table, BOOKS_ROOM)
     one = np.int64(1)
-    sum_chunk(pointer(x), None, pointer(mask), g, group // g.K1, group % g.K1, one, chunk, books, centred)
+    sum_chunk(x, None, mask, g, group // g.K1, group % g.K1, one, chunk, books, centred)
     count, mean, m2 = close_books(books_of(books, np.int64(0)), centred)
-    table[group, chunk, COUNT] = count
-    table[group, chunk, MEAN] = mean
-    table[group, chunk, M2] = m2
+    store(table, 3 * unit + COUNT, count)
+    store(table, 3 * unit + MEAN, mean)
+    store(table, 3 * unit + M2, m2)
+
+
+@scalar
+def _all_moments(job, geometry, x, mask, table):
+    g = record(geometry)
+    units = g.K0 * g.K1 * g.chunks
+    unit = claim(job, np.int64(-1), units)
+    while unit < units:
+        _chunk_moments(unit, x, mask, table, g)
+        unit = claim(job, unit, units)
 
 
 @Kernel
-def moments(x, mask, table, geometry, centred):
+def moments(job, workers, geometry, x, mask, table):
     """Write (count, mean, M2) of every chunk of every group to `table`, shape (groups, chunks, 3)."""
-    for unit in prange(table.shape[0] * table.shape[1]):
-        _moments_unit(np.int64(unit), x, mask, table, geometry, centred)
+    p_job, p_geometry = pointer(job), pointer(geometry)
+    p_x, p_mask, p_table = pointer(x), pointer(mask), pointer(table)
+    problem = clash(p_geometry, None, p_x, None, p_mask, None, None)
+    if problem != 0:
+        return problem
+    for _ in prange(workers):
+        _all_moments(p_job, p_geometry, p_x, p_mask, p_table)
+    return 0
+
+
+@scalar
+def _merge_chunks(table, stats, g, eps):
+    groups = g.K0 * g.K1
+    for group in range(groups):
+        of = 3 * g.chunks * group
+        count, mean, m2 = load(table, of + COUNT), load(table, of + MEAN), load(table, of + M2)
+        for chunk in range(1, g.chunks):
+            at = of + 3 * chunk
+            count, mean, m2 = merge(
+                count, mean, m2, load(table, at + COUNT), load(table, at + MEAN), load(table, at + M2)
+            )
+        _store_statistics(stats, groups, group, count, mean, m2, rstd_of(count, m2, eps, g.scale))
 
 
 @Kernel
-def merge_chunks(table, stats, geometry, eps):
+def merge_chunks(geometry, table, stats, eps):
     """Merge the chunks of every group in order into `stats`, shape (4, groups)."""
-    for group in range(table.shape[0]):
-        count, mean, m2 = table[group, 0, COUNT], table[group, 0, MEAN], table[group, 0, M2]
-        for chunk in range(1, table.shape[1]):
-            n, chunk_mean, chunk_m2 = table[group, chunk, COUNT], table[group, chunk, MEAN], table[group, chunk, M2]
-            count, mean, m2 = merge(count, mean, m2, n, chunk_mean, chunk_m2)
-        _store_statistics(pointer(stats), stats.shape[1], group, count, mean, m2, rstd_of(count, m2, eps))
+    p_geometry = pointer(geometry)
+    _merge_chunks(pointer(table), pointer(stats), record(p_geometry), eps)
 
 
 @scalar
@@ -714,26 +754,23 @@ def _apply_piece(piece, x, y, weight, bias, stats, g, edge, carry):
 
 
 @scalar
-def _channel_maps(x, weight, bias, stats, g):
-    """Return (hi, gain, shift) of all channels, one array after the other, for `_apply_short`; nothing where one fails.
+def _channel_maps(maps, x, weight, bias, stats, g):
+    """Write (hi, gain, shift) of all channels, one array after the other, for `_apply_short`; tell whether all are safe.
 
     Each channel comes once a sample: (8, 2048, 7, 7) takes 177 us on Zen 4 where its map is made for each run, which is
     then written as runs of any length are, and 107 so.
     """
-    p_x = pointer(x)
-    step = width_of(no_lanes(p_x))
-    channels = g.K1 if g.channel_runs != 0 and step <= g.R1 <= 2 * step else 0
-    maps = np.empty(3 * channels, weight.dtype)
+    channels = g.K1
     for channel in range(channels):
-        mean, rstd = stats[MEAN, channel], stats[RSTD, channel]
+        mean, rstd = load(stats, MEAN * channels + channel), load(stats, RSTD * channels + channel)
         if not _is_safe(rstd):
-            return np.empty(0, weight.dtype)
-        hi = lane(p_x, mean)
-        gain = lane(p_x, rstd) * weight[channel]
-        maps[channel] = hi
-        maps[channels + channel] = gain
-        maps[2 * channels + channel] = shift_of(bias[channel], lane(p_x, mean - np.float64(hi)), gain)
-    return maps
+            return False
+        hi = lane(x, mean)
+        gain = lane(x, rstd) * load(weight, channel)
+        store(maps, channel, hi)
+        store(maps, channels + channel, gain)
+        store(maps, 2 * channels + channel, shift_of(load(bias, channel), lane(x, mean - np.float64(hi)), gain))
+    return True
 
 
 @scalar
@@ -761,72 +798,102 @@ def _apply_short(piece, x, y, maps, g):
 
 
 @scalar
-def _apply_span(span, x, y, weight, bias, stats, maps, geometry):
-    g = geometry[0]
+def _apply_span(span, x, y, weight, bias, stats, maps, short, g):
     pieces = -(-(g.K0 * g.R0 * g.K1) // g.piece_runs) * g.across
-    p_x, p_y, p_weight, p_bias, p_stats = pointer(x), pointer(y), pointer(weight), pointer(bias), pointer(stats)
-    edge = room(p_y, EDGE)
+    edge = room(y, EDGE)
     carry = (np.int64(0), np.int64(0))
-    p_maps = pointer(maps)
     for piece in range(span * g.span_pieces, least((span + 1) * g.span_pieces, pieces)):
-        if maps.shape[0] != 0:
-            _apply_short(piece, p_x, p_y, p_maps, g)
+        if short:
+            _apply_short(piece, x, y, maps, g)
         else:
-            carry = _apply_piece(piece, p_x, p_y, p_weight, p_bias, p_stats, g, edge, carry)
-    _write_edge(p_y, edge, carry)
+            carry = _apply_piece(piece, x, y, weight, bias, stats, g, edge, carry)
+    _write_edge(y, edge, carry)
     if g.stream != 0:
         settle_streams()
 
 
-@Kernel
-def apply(x, y, weight, bias, stats, geometry):
-    """Normalize with given statistics, piece by piece in the order of memory."""
-    g = geometry[0]
+@scalar
+def _apply_spans(job, geometry, x, y, weight, bias, stats, channels):
+    g = record(geometry)
+    maps = np.empty(3 * channels)
+    p_maps = retyped(pointer(maps), weight)
+    short = channels > 0 and _channel_maps(p_maps, x, weight, bias, stats, g)
     pieces = -(-(g.K0 * g.R0 * g.K1) // g.piece_runs) * g.across
-    maps = _channel_maps(x, weight, bias, stats, g)
-    for span in prange(-(-pieces // g.span_pieces)):
-        _apply_span(np.int64(span), x, y, weight, bias, stats, maps, geometry)
+    spans = -(-pieces // g.span_pieces)
+    span = claim(job, np.int64(-1), spans)
+    while span < spans:
+        _apply_span(span, x, y, weight, bias, stats, p_maps, short, g)
+        span = claim(job, span, spans)
+    if channels > 0:
+        maps[0] = 0.0  # used as an array after its pointer: so it is still alive above
 
 
 @Kernel
-def given(mean, var, stats, eps):
-    """Fill `stats`, shape (4, channels), with running statistics, to normalize with."""
-    for channel in range(stats.shape[1]):
-        stats[COUNT, channel] = 0.0
-        stats[MEAN, channel] = mean[channel]
-        stats[M2, channel] = 0.0
-        stats[RSTD, channel] = 1.0 / np.sqrt(np.float64(var[channel]) + eps)
+def apply(job, workers, geometry, x, y, weight, bias, mean, var, stats, eps):
+    """Normalize with given statistics, piece by piece in the order of memory; return `clash`'s answer.
+
+    With running `mean` and `var` these are put into `stats` first, unless the job is shared: then they are there.
+    """
+    p_job, p_geometry = pointer(job), pointer(geometry)
+    p_x, p_y, p_weight, p_bias, p_stats = pointer(x), pointer(y), pointer(weight), pointer(bias), pointer(stats)
+    p_mean, p_var = pointer(mean), pointer(var)
+    problem = clash(p_geometry, p_y, p_x, None, None, p_weight, p_bias)
+    if problem != 0:
+        return problem
+    g = record(p_geometry)
+    if mean is not None:
+        fill_given(p_job, p_mean, p_var, p_stats, g, eps)
+    step = width_of(no_lanes(p_x))
+    channels = g.K1 if g.channel_runs != 0 and step <= g.R1 <= 2 * step else 0
+    for _ in prange(workers):
+        _apply_spans(p_job, p_geometry, p_x, p_y, p_weight, p_bias, p_stats, channels)
+    return 0
 
 
 @scalar
-def _add_unit(run, x, residual, total, geometry):
-    g = geometry[0]
-    _add_run(pointer(x), pointer(residual), pointer(total), g, run // (g.K1 * g.R0), run // g.K1 % g.R0, run % g.K1)
+def _add_runs(job, geometry, x, residual, total):
+    g = record(geometry)
+    runs = g.K0 * g.R0 * g.K1
+    run = claim(job, np.int64(-1), runs)
+    while run < runs:
+        _add_run(x, residual, total, g, run // (g.K1 * g.R0), run // g.K1 % g.R0, run % g.K1)
+        run = claim(job, run, runs)
 
 
 @Kernel
-def add(x, residual, total, geometry):
+def add(job, workers, geometry, x, residual, total):
     """Write x + residual to `total`, packed, run by run."""
-    g = geometry[0]
-    for run in prange(g.K0 * g.R0 * g.K1):
-        _add_unit(np.int64(run), x, residual, total, geometry)
+    p_job, p_geometry = pointer(job), pointer(geometry)
+    p_x, p_residual, p_total = pointer(x), pointer(residual), pointer(total)
+    for _ in prange(workers):
+        _add_runs(p_job, p_geometry, p_x, p_residual, p_total)
 
 
 @scalar
-def _count_unit(group, mask, count, geometry):
-    g = geometry[0]
+def _count_group(group, mask, count, g):
     fold = most(np.int64(1), g.lanes // (g.K1 * g.R1))  # the columns kernel's rows may be several of R0 side by side
-    p_mask = pointer(mask)
-    start = g.mask_start + group // g.K1 * g.mask_K0 + group % g.K1 * g.mask_K1
+    start = group // g.K1 * g.mask_K0 + group % g.K1 * g.mask_K1
     n = 0
     for r0 in range(g.R0):
         for r1 in range(g.R1):
-            n += counts(p_mask, start + r0 * (g.mask_R0 // fold) + r1 * g.mask_R1)
-    count[group] = n
+            n += counts(mask, start + r0 * (g.mask_R0 // fold) + r1 * g.mask_R1)
+    store(count, group, np.float64(n))
+
+
+@scalar
+def _count_groups(job, geometry, mask, count):
+    g = record(geometry)
+    groups = g.K0 * g.K1
+    group = claim(job, np.int64(-1), groups)
+    while group < groups:
+        _count_group(group, mask, count, g)
+        group = claim(job, group, groups)
 
 
 @Kernel
-def count(mask, count, geometry):
+def count(job, workers, geometry, mask, count):
     """Write how many elements of each group count."""
-    for group in prange(count.shape[0]):
-        _count_unit(np.int64(group), mask, count, geometry)
+    p_job, p_geometry = pointer(job), pointer(geometry)
+    p_mask, p_count = pointer(mask), pointer(count)
+    for _ in prange(workers):
+        _count_groups(p_job, p_geometry, p_mask, p_count)

@@ -18,7 +18,10 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from .dtypes import counts, lane, load, pointer, store
+from .address import record
+from .claims import claim, is_shared
+from .dtypes import counts, lane, load, pointer, retyped, shifted, store
+from .guard import clash
 from .jit import Kernel, elementwise, inlined, scalar
 from .lanes import (
     HEAD_FROM,
@@ -45,7 +48,7 @@ from .lanes import (
     width_of,
 )
 from .rows import map_of
-from .welford import BLOCK, at, least, most
+from .welford import BLOCK, least, most
 
 FLUSH = 32
 """Rows whose products are added in float32 before they go to the float64 gradients of weight and bias."""
@@ -96,9 +99,9 @@ def _chunk_sums(sums, channels, dy, x, weight, g, k0, k1, n, chunk, means, rstds
     for r0 in range(r_start, least(r_start + g.chunk_runs, g.R0)):
         for i in range(n):
             group = k0 * g.K1 + k1 + i
-            hi, scale, low = map_of(x, at(means, group), at(rstds, group))
-            x_start = g.x_start + k0 * g.x_K0 + r0 * g.x_R0 + (k1 + i) * g.x_K1
-            dy_start = g.y_start + k0 * g.y_K0 + r0 * g.y_R0 + (k1 + i) * g.y_K1
+            hi, scale, low = map_of(x, load(means, group * g.mean_step), load(rstds, group))
+            x_start = k0 * g.x_K0 + r0 * g.x_R0 + (k1 + i) * g.x_K1
+            dy_start = k0 * g.y_K0 + r0 * g.y_R0 + (k1 + i) * g.y_K1
             j = j_start
             while j < j_stop:
                 width = least(j_stop - j, np.int64(BLOCK))
@@ -170,10 +173,10 @@ def _emit(dy, x, dx, mask, weight, products, p, half, g, k0, r0, k1, start, stop
 
     `products` takes `half` sums of dy * h, then as many of dy.
     """
-    x_start = g.x_start + k0 * g.x_K0 + r0 * g.x_R0 + k1 * g.x_K1
-    dy_start = g.y_start + k0 * g.y_K0 + r0 * g.y_R0 + k1 * g.y_K1
+    x_start = k0 * g.x_K0 + r0 * g.x_R0 + k1 * g.x_K1
+    dy_start = k0 * g.y_K0 + r0 * g.y_R0 + k1 * g.y_K1
     dx_start = ((k0 * g.R0 + r0) * g.K1 + k1) * g.R1
-    mask_start = g.mask_start + k0 * g.mask_K0 + r0 * g.mask_R0 + k1 * g.mask_K1
+    mask_start = k0 * g.mask_K0 + r0 * g.mask_R0 + k1 * g.mask_K1
     no = no_lanes(x)
     hi, scale, low = map_of(x, mean, rstd)
     marked = g.mask_R1 != 0
@@ -201,9 +204,9 @@ def _emit(dy, x, dx, mask, weight, products, p, half, g, k0, r0, k1, start, stop
 
 
 @inlined
-def products_from(dx, dx_at, products):
+def products_from(dx, dx_at, products, itemsize):
     """Return where to begin in `products`, so that its vectors, too, start with cache lines where those of dx do."""
-    lanes = LINE // products.itemsize
+    lanes = LINE // itemsize
     return until_line(products, 0) + -until_line(dx, dx_at) % lanes
 
 
@@ -238,17 +241,29 @@ def _together(g):
     return g.together if g.K0 == 1 and g.inner == g.R1 and g.size == g.K1 else np.int64(1)
 
 
+@inlined
+def add_to(array, place, value):
+    """Add to an element."""
+    store(array, place, load(array, place) + value)
+
+
+@inlined
+def room_for(count, g):
+    """Return how many float64 take as much room as so many lanes."""
+    return count * g.lane_itemsize // 8 + 1
+
+
 @scalar
-def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradients, geometry, centred):
+def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradients, g):
     """Take the samples of one slab at one k1: sums, then dx, while the group is in the cache."""
-    g = geometry[0]
+    centred = g.centred != 0
     along = g.inner == 1  # and masked, of several runs or in inference: the others are `along_backward`'s
     together = _together(g)
     steps = -(-g.K1 // together)
     k1 = unit % steps * together
     n = least(together, g.K1 - k1)  # groups that are taken together
     slab = unit // steps
-    slabs = gradients.shape[0]
+    slabs = g.slabs
     channels = 1 if along else most(np.int64(1), g.R1 // g.inner)
     first = k1 * g.R1 // g.inner % g.size
     stream = g.stream != 0
@@ -258,22 +273,21 @@ def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradi
     total = 2 * channels * n
     means_of = 4 * channels * n
     half = g.R1 if along else 0
-    products = np.zeros(2 * half + 2 * LINE, weight.dtype)
+    products = np.zeros(room_for(2 * half + 2 * LINE, g))
     # Each array below is used, as an array, after the last call that got its pointer: so it is still alive then.
-    p_dy, p_x, p_dx, p_mask, p_weight = pointer(dy), pointer(x), pointer(dx), pointer(mask), pointer(weight)
-    p_scratch, p_products, p_gradients = pointer(scratch), pointer(products), pointer(gradients)
-    size = gradients.shape[2]
+    p_scratch, p_products = pointer(scratch), retyped(pointer(products), weight)
+    size = g.size
     flush_at = slab * 2 * size + first
     start = slab * g.K0 // slabs
     stop = (slab + 1) * g.K0 // slabs
-    p = products_from(p_dx, (start * g.K1 + k1) * g.R1, products)
+    p = products_from(dx, (start * g.K1 + k1) * g.R1, p_products, g.lane_itemsize)
     for base in range(start, stop, batch):  # as in `rows`: no dx waits for its own sums
         for k0 in range(base, least(base + batch, stop)):
             group = k0 * g.K1 + k1
             for c in range(2 * channels * n):
                 store(p_scratch, total + c, 0.0)
             for chunk in range(g.chunks):
-                _chunk_sums(p_scratch, channels, p_dy, p_x, p_weight, g, k0, k1, n, chunk, means, rstds)
+                _chunk_sums(p_scratch, channels, dy, x, weight, g, k0, k1, n, chunk, means, rstds)
                 for c in range(2 * channels * n):
                     store(p_scratch, total + c, load(p_scratch, total + c) + load(p_scratch, c))
             sum_g, sum_gh = load(p_scratch, total), load(p_scratch, total + channels)
@@ -284,11 +298,11 @@ def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradi
                     for c in range(channels):
                         of_g, of_gh = load(p_scratch, of + c), load(p_scratch, of + channels + c)
                         channel = first + i + c  # groups that are taken together have a channel each
-                        sum_g += weight[channel] * of_g
-                        sum_gh += weight[channel] * of_gh
-                        gradients[slab, 0, channel] += of_gh
-                        gradients[slab, 1, channel] += of_g
-                count = at(counts_of, group + i)
+                        sum_g += load(weight, channel) * of_g
+                        sum_gh += load(weight, channel) * of_gh
+                        add_to(gradients, 2 * slab * size + channel, of_gh)
+                        add_to(gradients, (2 * slab + 1) * size + channel, of_g)
+                count = load(counts_of, (group + i) * g.count_step)
                 to = means_of + 2 * (k0 - base + i)
                 store(p_scratch, to, average(sum_g, count) if centred else 0.0)
                 store(p_scratch, to + 1, average(sum_gh, count))
@@ -299,11 +313,11 @@ def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradi
                     group = k0 * g.K1 + k1 + i
                     mean_g, mean_gh = load(p_scratch, at_means + 2 * i), load(p_scratch, at_means + 2 * i + 1)
                     _emit(
-                        p_dy,
-                        p_x,
-                        p_dx,
-                        p_mask,
-                        p_weight,
+                        dy,
+                        x,
+                        dx,
+                        mask,
+                        weight,
                         p_products,
                         p,
                         half,
@@ -313,79 +327,145 @@ def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradi
                         k1 + i,
                         np.int64(0),
                         g.R1,
-                        at(means, group),
-                        at(rstds, group),
+                        load(means, group * g.mean_step),
+                        load(rstds, group),
                         mean_g,
                         mean_gh,
                     )
             if along and (k0 - start) % FLUSH == FLUSH - 1:
-                flush(p_products, p, half, p_gradients, flush_at, size)
+                flush(p_products, p, half, gradients, flush_at, size)
     if stream:
         settle_streams()
-    flush(p_products, p, half, p_gradients, flush_at, size)  # of length 0 where weights do not lie along
+    flush(p_products, p, half, gradients, flush_at, size)  # of length 0 where weights do not lie along
     scratch[0] = products[0]
 
 
 @elementwise
-def add_slabs(gradients, result):
-    """Add the slabs' gradients, in order, to those of the first; write them, rounded, to `result`."""
-    p_gradients, p_result = pointer(gradients), pointer(result)
-    n = result.size
-    for slab in range(1, gradients.shape[0]):
-        for i in range(n):
-            store(p_gradients, i, load(p_gradients, i) + load(p_gradients, slab * n + i))
-    for i in range(n):
-        store(p_result, i, load(p_gradients, i))
-
-
-@Kernel
-def backward(dy, x, dx, mask, weight, counts_of, means, rstds, slabs, result, geometry, centred):
-    """Write dx, and to `result`, shape (2, size), dweight and dbias.
-
-    `counts_of`, `means` and `rstds` hold one element a group, or one for all.
-    """
-    gradients = np.zeros((slabs, 2, result.shape[1]))
-    g = geometry[0]
-    for unit in prange(slabs * -(-g.K1 // _together(g))):
-        _backward_unit(np.int64(unit), dy, x, dx, mask, weight, counts_of, means, rstds, gradients, geometry, centred)
-    add_slabs(gradients, result)
+def _clear(gradients, count):
+    for i in range(count):
+        store(gradients, i, 0.0)
 
 
 @scalar
-def _sum_unit(unit, dy, x, weight, counts_of, means, rstds, table, geometry):
-    g = geometry[0]
+def clear_gradients(job, geometry, gradients):
+    """Set the slabs' gradients to 0, unless others work on the job: then they were."""
+    g = record(geometry)
+    if not is_shared(job):
+        _clear(gradients, 2 * g.slabs * g.size)
+
+
+@elementwise
+def _add_slabs(gradients, result, slabs, n):
+    for slab in range(1, slabs):
+        for i in range(n):
+            store(gradients, i, load(gradients, i) + load(gradients, slab * n + i))
+    for i in range(n):
+        store(result, i, load(gradients, i))
+
+
+@scalar
+def finish_gradients(job, geometry, gradients, result):
+    """Add the slabs' gradients, in order, to those of the first; write them, rounded, to `result`.
+
+    Unless others work on the job: then `add_slabs` does it once they are done.
+    """
+    g = record(geometry)
+    if not is_shared(job):
+        _add_slabs(gradients, result, g.slabs, 2 * g.size)
+
+
+@Kernel
+def add_slabs(geometry, gradients, result):
+    """Do what `finish_gradients` does."""
+    p_geometry = pointer(geometry)
+    g = record(p_geometry)
+    _add_slabs(pointer(gradients), pointer(result), g.slabs, 2 * g.size)
+
+
+@scalar
+def _backward_units(job, geometry, dy, x, dx, mask, weight, counts_of, means, rstds, gradients):
+    g = record(geometry)
+    units = g.slabs * -(-g.K1 // _together(g))
+    unit = claim(job, np.int64(-1), units)
+    while unit < units:
+        _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradients, g)
+        unit = claim(job, unit, units)
+
+
+@Kernel
+def backward(job, workers, geometry, dy, x, dx, mask, weight, counts_of, means, rstds, gradients, result):
+    """Write dx, and to `result`, shape (2, size), dweight and dbias; return `clash`'s answer.
+
+    `counts_of` and `means` hold one element a group, or one for all. `gradients`, shape (slabs, 2, size), are the
+    slabs' own; where several threads work on the job they are 0 before, and added up afterwards.
+    """
+    p_job, p_geometry = pointer(job), pointer(geometry)
+    p_dy, p_x, p_dx, p_mask, p_weight = pointer(dy), pointer(x), pointer(dx), pointer(mask), pointer(weight)
+    p_counts, p_means, p_rstds, p_gradients = pointer(counts_of), pointer(means), pointer(rstds), pointer(gradients)
+    problem = clash(p_geometry, None, p_x, p_dy, p_mask, p_weight, None)
+    if problem != 0:
+        return problem
+    clear_gradients(p_job, p_geometry, p_gradients)
+    for _ in prange(workers):
+        _backward_units(p_job, p_geometry, p_dy, p_x, p_dx, p_mask, p_weight, p_counts, p_means, p_rstds, p_gradients)
+    finish_gradients(p_job, p_geometry, p_gradients, pointer(result))
+    return 0
+
+
+@scalar
+def _sum_unit(unit, dy, x, weight, means, rstds, table, g):
     group = unit // g.chunks
-    k0 = group // g.K1
-    k1 = group % g.K1
-    chunk = unit % g.chunks
-    sums = np.empty(2)
     one = np.int64(1)
-    _chunk_sums(pointer(sums), one, pointer(dy), pointer(x), pointer(weight), g, k0, k1, one, chunk, means, rstds)
-    table[group, chunk, 0] = sums[0]
-    table[group, chunk, 1] = sums[1]
+    into = shifted(table, 2 * unit)
+    _chunk_sums(into, one, dy, x, weight, g, group // g.K1, group % g.K1, one, unit % g.chunks, means, rstds)
+
+
+@scalar
+def _sum_units(job, geometry, dy, x, weight, means, rstds, table):
+    g = record(geometry)
+    units = g.K0 * g.K1 * g.chunks
+    unit = claim(job, np.int64(-1), units)
+    while unit < units:
+        _sum_unit(unit, dy, x, weight, means, rstds, table, g)
+        unit = claim(job, unit, units)
 
 
 @Kernel
-def chunk_sums(dy, x, weight, counts_of, means, rstds, table, geometry):
-    """Write the two sums of every chunk of every group to `table`, shape (groups, chunks, 2)."""
-    for unit in prange(table.shape[0] * table.shape[1]):
-        _sum_unit(np.int64(unit), dy, x, weight, counts_of, means, rstds, table, geometry)
+def chunk_sums(job, workers, geometry, dy, x, weight, means, rstds, table):
+    """Write the two sums of every chunk of every group to `table`, shape (groups, chunks, 2); return as `backward`."""
+    p_job, p_geometry = pointer(job), pointer(geometry)
+    p_dy, p_x, p_weight = pointer(dy), pointer(x), pointer(weight)
+    p_means, p_rstds, p_table = pointer(means), pointer(rstds), pointer(table)
+    problem = clash(p_geometry, None, p_x, p_dy, None, p_weight, None)
+    if problem != 0:
+        return problem
+    for _ in prange(workers):
+        _sum_units(p_job, p_geometry, p_dy, p_x, p_weight, p_means, p_rstds, p_table)
+    return 0
 
 
-@Kernel
-def merge_sums(table, sums):
-    """Add the chunks of every group in order into `sums`, shape (2, groups)."""
-    for group in range(table.shape[0]):
+@scalar
+def _merge_sums(table, sums, g):
+    groups = g.K0 * g.K1
+    for group in range(groups):
         for row in range(2):
             s = 0.0
-            for chunk in range(table.shape[1]):
-                s += table[group, chunk, row]
-            sums[row, group] = s
+            for chunk in range(g.chunks):
+                s += load(table, 2 * (group * g.chunks + chunk) + row)
+            store(sums, row * groups + group, s)
+
+
+@Kernel
+def merge_sums(geometry, table, sums):
+    """Add the chunks of every group in order into `sums`, shape (2, groups)."""
+    p_geometry = pointer(geometry)
+    _merge_sums(pointer(table), pointer(sums), record(p_geometry))
 
 
 @scalar
-def _emit_piece(unit, dy, x, dx, mask, weight, counts_of, means, rstds, sums, g, centred):
+def _emit_piece(unit, dy, x, dx, mask, weight, counts_of, means, rstds, sums, g):
     """Write dx of some runs, or of a part of one, from the groups' sums."""
+    centred = g.centred != 0
     first = unit // g.across * g.piece_runs
     j = unit % g.across * g.chunk_width
     stop = least(j + g.chunk_width, g.R1)
@@ -395,9 +475,9 @@ def _emit_piece(unit, dy, x, dx, mask, weight, counts_of, means, rstds, sums, g,
         k1 = run % g.K1
         r0 = run // g.K1 % g.R0
         group = k0 * g.K1 + k1
-        count = at(counts_of, group)
-        mean = at(means, group)
-        rstd = at(rstds, group)
+        count = load(counts_of, group * g.count_step)
+        mean = load(means, group * g.mean_step)
+        rstd = load(rstds, group)
         mean_g = average(load(sums, group), count) if centred else 0.0
         mean_gh = average(load(sums, groups + group), count)
         _emit(dy, x, dx, mask, weight, None, 0, 0, g, k0, r0, k1, j, stop, mean, rstd, mean_g, mean_gh)
@@ -406,66 +486,45 @@ def _emit_piece(unit, dy, x, dx, mask, weight, counts_of, means, rstds, sums, g,
 
 
 @scalar
-def _emit_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, sums, geometry, centred):
-    _emit_piece(
-        unit,
-        pointer(dy),
-        pointer(x),
-        pointer(dx),
-        pointer(mask),
-        pointer(weight),
-        counts_of,
-        means,
-        rstds,
-        pointer(sums),
-        geometry[0],
-        centred,
-    )
+def _emit_pieces(job, geometry, dy, x, dx, mask, weight, counts_of, means, rstds, sums):
+    g = record(geometry)
+    pieces = -(-(g.K0 * g.R0 * g.K1) // g.piece_runs) * g.across
+    piece = claim(job, np.int64(-1), pieces)
+    while piece < pieces:
+        _emit_piece(piece, dy, x, dx, mask, weight, counts_of, means, rstds, sums, g)
+        piece = claim(job, piece, pieces)
 
 
 @Kernel
-def emit(dy, x, dx, mask, weight, counts_of, means, rstds, sums, geometry, centred):
-    """Write dx from the groups' sums, piece by piece in the order of memory."""
-    g = geometry[0]
-    for unit in prange(-(-(g.K0 * g.R0 * g.K1) // g.piece_runs) * g.across):
-        _emit_unit(np.int64(unit), dy, x, dx, mask, weight, counts_of, means, rstds, sums, geometry, centred)
+def emit(job, workers, geometry, dy, x, dx, mask, weight, counts_of, means, rstds, sums):
+    """Write dx from the groups' sums, piece by piece in the order of memory; return as `backward`."""
+    p_job, p_geometry = pointer(job), pointer(geometry)
+    p_dy, p_x, p_dx, p_mask, p_weight = pointer(dy), pointer(x), pointer(dx), pointer(mask), pointer(weight)
+    p_counts, p_means, p_rstds, p_sums = pointer(counts_of), pointer(means), pointer(rstds), pointer(sums)
+    problem = clash(p_geometry, None, p_x, p_dy, p_mask, p_weight, None)
+    if problem != 0:
+        return problem
+    for _ in prange(workers):
+        _emit_pieces(p_job, p_geometry, p_dy, p_x, p_dx, p_mask, p_weight, p_counts, p_means, p_rstds, p_sums)
+    return 0
 
 
 @scalar
-def _emit_lanes_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, sums, dweight, dbias, geometry, centred):
-    g = geometry[0]
+def _emit_lanes_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, sums, result, g):
+    centred = g.centred != 0
     start = unit * BLOCK
     stop = least(start + BLOCK, g.R1)
     half = stop - start
-    products = np.zeros(2 * half + 2 * LINE, weight.dtype)
+    products = np.zeros(room_for(2 * half + 2 * LINE, g))
     gradients = np.zeros((2, half))
-    p_dy, p_x, p_dx, p_mask, p_weight = pointer(dy), pointer(x), pointer(dx), pointer(mask), pointer(weight)
-    p_products, p_gradients = pointer(products), pointer(gradients)
-    p = products_from(p_dx, start, products)
+    p_products, p_gradients = retyped(pointer(products), weight), pointer(gradients)
+    p = products_from(dx, start, p_products, g.lane_itemsize)
     for k0 in range(g.K0):
-        mean, rstd, count = at(means, k0), at(rstds, k0), at(counts_of, k0)
-        mean_g = average(sums[0, k0], count) if centred else 0.0
-        mean_gh = average(sums[1, k0], count)
-        _emit(
-            p_dy,
-            p_x,
-            p_dx,
-            p_mask,
-            p_weight,
-            p_products,
-            p,
-            half,
-            g,
-            k0,
-            0,
-            0,
-            start,
-            stop,
-            mean,
-            rstd,
-            mean_g,
-            mean_gh,
-        )
+        count = load(counts_of, k0 * g.count_step)
+        mean_g = average(load(sums, k0), count) if centred else 0.0
+        mean_gh = average(load(sums, g.K0 + k0), count)
+        mean, rstd = load(means, k0 * g.mean_step), load(rstds, k0)
+        _emit(dy, x, dx, mask, weight, p_products, p, half, g, k0, 0, 0, start, stop, mean, rstd, mean_g, mean_gh)
         if k0 % FLUSH == FLUSH - 1:
             flush(p_products, p, half, p_gradients, 0, half)
     if g.stream != 0:
@@ -473,18 +532,35 @@ def _emit_lanes_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, sum
     flush(p_products, p, half, p_gradients, 0, half)
     products[0] = 0.0
     for i in range(half):
-        dweight[start + i] = gradients[0, i]
-        if dbias.shape[0] > 0:
-            dbias[start + i] = gradients[1, i]
+        store(result, start + i, gradients[0, i])
+        store(result, g.R1 + start + i, gradients[1, i])
+
+
+@scalar
+def _emit_lanes_units(job, geometry, dy, x, dx, mask, weight, counts_of, means, rstds, sums, result):
+    g = record(geometry)
+    units = -(-g.R1 // BLOCK)
+    unit = claim(job, np.int64(-1), units)
+    while unit < units:
+        _emit_lanes_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, sums, result, g)
+        unit = claim(job, unit, units)
 
 
 @Kernel
-def emit_lanes(dy, x, dx, mask, weight, counts_of, means, rstds, sums, dweight, dbias, geometry, centred):
+def emit_lanes(job, workers, geometry, dy, x, dx, mask, weight, counts_of, means, rstds, sums, result):
     """Write dx and the gradients of long rows, BLOCK weights at a time over all rows: no gradients of slabs to hold.
 
-    `dbias` may be empty.
+    `result` has the shape (2, R1), in lanes' dtype. Return as `backward`.
     """
-    for unit in prange(-(-geometry[0].R1 // BLOCK)):
-        _emit_lanes_unit(
-            np.int64(unit), dy, x, dx, mask, weight, counts_of, means, rstds, sums, dweight, dbias, geometry, centred
+    p_job, p_geometry = pointer(job), pointer(geometry)
+    p_dy, p_x, p_dx, p_mask, p_weight = pointer(dy), pointer(x), pointer(dx), pointer(mask), pointer(weight)
+    p_counts, p_means, p_rstds, p_sums = pointer(counts_of), pointer(means), pointer(rstds), pointer(sums)
+    p_result = pointer(result)
+    problem = clash(p_geometry, None, p_x, p_dy, p_mask, p_weight, None)
+    if problem != 0:
+        return problem
+    for _ in prange(workers):
+        _emit_lanes_units(
+            p_job, p_geometry, p_dy, p_x, p_dx, p_mask, p_weight, p_counts, p_means, p_rstds, p_sums, p_result
         )
+    return 0

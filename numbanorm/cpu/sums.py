@@ -240,8 +240,8 @@ def sum_chunk(x, residual, mask, g, k0, k1, n, chunk, held, centred):
         j_start = (chunk % g.across) * g.chunk_width
     r_stop = least(r_start + g.chunk_runs, g.R0)
     j_stop = least(j_start + g.chunk_width, g.R1)
-    start = g.x_start + k0 * g.x_K0 + k1 * g.x_K1
-    mask_start = g.mask_start + k0 * g.mask_K0 + k1 * g.mask_K1
+    start = k0 * g.x_K0 + k1 * g.x_K1
+    mask_start = k0 * g.mask_K0 + k1 * g.mask_K1
     for i in range(n):
         first = start + i * g.x_K1 + r_start * g.x_R0 + j_start
         k = first_shift(x, residual, first, j_stop - j_start, centred)
@@ -281,7 +281,7 @@ def sum_chunk(x, residual, mask, g, k0, k1, n, chunk, held, centred):
 @inlined
 def sum_block(x, residual, g, k0, k1, held, i, centred):
     """Keep the two sums of a group that is one block, and what they are around, as a unit's `i`-th."""
-    at = g.x_start + k0 * g.x_K0 + k1 * g.x_K1
+    at = k0 * g.x_K0 + k1 * g.x_K1
     k = first_shift(x, residual, at, g.R1, centred)
     no = no_lanes(x)
     s, q = _sweep(x, residual, at, g.R1, all_lanes(no, k), no, no, g.ahead)
@@ -333,8 +333,8 @@ def settle_blocks(x, residual, g, base, n, held, centred):
     if not all_trusted:
         for i in range(n):
             if load(held, 2 * UNIT_GROUPS + i) == 0.0:
-                at = g.x_start + (base + i) // g.K1 * g.x_K0 + (base + i) % g.K1 * g.x_K1
+                at = (base + i) // g.K1 * g.x_K0 + (base + i) % g.K1 * g.x_K1
                 mean, m2 = _exact_moments(  # without constants, for which Numba would compile it anew
-                    x, residual, at, g.x_R0, g.R0, g.R1, None, g.mask_start, g.mask_R0, g.mask_R1, centred
+                    x, residual, at, g.x_R0, g.R0, g.R1, None, np.int64(0), g.mask_R0, g.mask_R1, centred
                 )
                 hold(held, i, (count, mean, m2))

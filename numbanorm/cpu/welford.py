@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..core.norms import SCALES
 from .jit import scalar
 
 BLOCK = 1024
@@ -28,6 +29,8 @@ POOR = 0.5
 
 TINY = 1e-30
 """Below this, squares of float32 lanes may have underflowed."""
+
+L2 = SCALES.index("l2")
 
 HUGE = 1e38
 """Above this, squares of float32 lanes may have overflowed."""
@@ -59,8 +62,13 @@ def merge(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
 
 
 @scalar
-def rstd_of(count, m2, eps):
-    """Return 1/sqrt(variance + eps) with the biased variance; an empty group has variance 0."""
+def rstd_of(count, m2, eps, scale):
+    """Return the factor of a group, by the formula of `numbanorm.core.norms.SCALES`.
+
+    1/sqrt(variance + eps) with the biased variance, which is 0 in an empty group; or 1/max(norm, eps).
+    """
+    if scale == L2:
+        return 1.0 / most(np.sqrt(m2), eps)
     variance = m2 / count if count > 0.0 else 0.0
     return 1.0 / np.sqrt(variance + eps)
 
@@ -73,12 +81,6 @@ def shift_of(bias, rest, gain):
     """
     low = rest * gain
     return bias if np.isnan(low - low) else bias - low
-
-
-@scalar
-def at(array, group):
-    """Return a group's element of an array that may also hold one element for all groups."""
-    return array[least(group, array.shape[0] - 1)]
 
 
 @scalar

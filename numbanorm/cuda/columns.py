@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from ..core.norms import STD
 from ..core.plan import Plan
+from . import affine, launch, memory
 from . import lanes as ln
-from . import launch, memory
 from .launch import Call, Columns, item_size
 from .memory import Span
 from .toolchain import Kernel, cuda, device, types
@@ -114,9 +115,9 @@ def moments_kernel(c: Columns) -> Kernel:
 
 
 @cache
-def close_kernel(team: int, block: int) -> Kernel:
+def close_kernel(team: int, block: int, scale: str = STD) -> Kernel:
     """Return the kernel that merges the table's entries of every group into its statistics."""
-    from_table, rstd_of = table_moments(team), rstd_function()
+    from_table, rstd_of = table_moments(team), rstd_function(scale)
     write_number = memory.write_number
     step, teams = np.int64(team), np.int64(block // team)
     ints = np.int64
@@ -136,7 +137,7 @@ def close_kernel(team: int, block: int) -> Kernel:
             write_number(stats, 2 * groups + group, m2)
             write_number(stats, 3 * groups + group, rstd_of(count, m2, eps))
 
-    return Kernel(close, (team, block), block)
+    return Kernel(close, (team, block, scale), block)
 
 
 @device
@@ -148,7 +149,7 @@ def identity(value):
 @cache
 def spread(c: Columns) -> Any:
     """Return the function that gives a thread's lanes their gain, mean in two parts, and rstd, from the statistics."""
-    gather = memory.gatherer("element", types.float64, c.vector, 1, "flat")
+    gather = affine.gatherer("element", types.float64, c.vector, 1, "flat")
     narrowed = identity if c.wide else ln.narrowed
     widened = identity if c.wide else ln.widened
     pick, like = ln.pick, ln.like
@@ -182,10 +183,10 @@ def apply_kernel(c: Columns) -> Kernel:
     geometry = (lane, c.vector, c.loads, "rows")
     load = memory.loader(c.source, *geometry)
     by_row = c.weights == "piece"
-    store = memory.affine_storer(
+    store = affine.affine_storer(
         c.result, *geometry, "piece" if by_row and c.weight else "", "piece" if by_row and c.bias else ""
     )
-    gather = memory.gatherer("element" if by_row else c.weights, lane, c.vector, 1, "flat")
+    gather = affine.gatherer("element" if by_row else c.weights, lane, c.vector, 1, "flat")
     weighted, biased = c.weight and not by_row, c.bias and not by_row
     along = c.weights == "along"
     lanes_of = spread(c)
@@ -254,7 +255,7 @@ def statistics(
 def close(plan: Plan, part: launch.ColumnsLaunch, table: int, stats: int, eps: float, stream: int) -> None:
     """Merge the table of `moments_kernel` into statistics."""
     end = launch.close(plan, part)
-    close_kernel(end.team, end.block)(end.blocks, stream, table, stats, *end.numbers, eps)
+    close_kernel(end.team, end.block, end.scale)(end.blocks, stream, table, stats, *end.numbers, eps)
 
 
 def forward(

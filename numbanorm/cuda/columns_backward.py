@@ -6,17 +6,18 @@ sums over each row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import numpy as np
 
+from ..core.norms import L2
 from ..core.plan import Plan
+from . import affine, memory
 from . import lanes as ln
-from . import memory
 from .columns import identity, spread
 from .launch import Call, Columns, item_size
-from .launch_backward import Backward, columns_backward
+from .launch_backward import Backward, ColumnsBackward, as_sums, columns_backward, weighing
 from .memory import Span
 from .rows_backward import merge_groups, merge_weights
 from .toolchain import Kernel, cuda, types
@@ -27,13 +28,13 @@ from .welford import add, team
 def sums_kernel(c: Columns) -> Kernel:
     """Return the kernel that writes sum(g), sum(g * h) and the count of every lane and chunk, float64.
 
-    Weights that lie along the lanes are left out of g.
+    For the L2 norm it is sum(h * h) in place of the count. Weights that lie along the lanes are left out of g.
     """
     lane = types.float64 if c.wide else types.float32
     geometry = (lane, c.vector, c.loads, "rows")
     load_dy, load_x = memory.loader(c.result, *geometry), memory.loader(c.source, *geometry)
     chosen_of = memory.chooser(c.mask, c.vector, c.loads, "rows")
-    weights = memory.gatherer("piece", *geometry)
+    weights = affine.gatherer("piece", *geometry)
     write_number = memory.write_number
     weighted = c.weight and c.weights == "piece"
     lanes_of = spread(c)
@@ -47,7 +48,7 @@ def sums_kernel(c: Columns) -> Kernel:
     threads = np.int64(c.block)
     whole_tile = below * np.int64(c.loads)
     source_size, result_size = item_size(c.source), item_size(c.result)
-    masked_lanes = c.mask == "elements"
+    masked_lanes, of_norm = c.mask == "elements", c.scale == L2
 
     def columns_sums(
         dy, x, mask, weight, mean, rstd, table,
@@ -83,7 +84,7 @@ def sums_kernel(c: Columns) -> Kernel:
                 d = d * weights(weight, flat, p, below, limit, ints(1), lanes, inner, size)
             a = a + fold(d)
             b = b + fold(d * h)
-            n = n + count_of(chosen_of(mask_at, p, below, limit, ints(1), mask_R0))
+            n = n + (fold(h * h) if of_norm else count_of(chosen_of(mask_at, p, below, limit, ints(1), mask_R0)))
             p += whole_tile
         at = ty * width + number % across * vector
         put(shared, at, widened(a))
@@ -112,14 +113,15 @@ def emit_kernel(c: Columns, fixed: bool) -> Kernel:
     store_dx = memory.storer(c.result, *geometry)
     chosen_of = memory.chooser(c.mask, c.vector, c.loads, "rows")
     by_row = c.weights == "piece"
-    row_weights = memory.gatherer("piece", *geometry)
-    lane_weights = memory.gatherer("element" if by_row else c.weights, lane, c.vector, 1, "flat")
-    means_of = memory.gatherer("element", types.float64, c.vector, 1, "flat")
+    row_weights = affine.gatherer("piece", *geometry)
+    lane_weights = affine.gatherer("element" if by_row else c.weights, lane, c.vector, 1, "flat")
+    means_of = affine.gatherer("element", types.float64, c.vector, 1, "flat")
     narrowed = identity if c.wide else ln.narrowed
     weighted = c.weight
     along = c.weights == "along"
     lanes_of = spread(c)
-    choose, tile = ln.choose, ln.tile(c.vector * c.loads)
+    choose, like, tile = ln.choose, ln.like, ln.tile(c.vector * c.loads)
+    centred = c.centred
     ints = np.int64
     across, below, vector = np.int64(c.across), np.int64(c.block // c.across), np.int64(c.vector)
     width = np.int64(c.across * c.vector)
@@ -150,8 +152,10 @@ def emit_kernel(c: Columns, fixed: bool) -> Kernel:
             w = scale * gain
             if weighted and not by_row:
                 w = w * lane_weights(weight, column % size if along else column, *place, inner, size)
-            c_of = means_of(sums + k0 * K1 * 8, column, *place, R1, K1)
             e_of = means_of(sums + (groups + k0 * K1) * 8, column, *place, R1, K1)
+            c_of = like(e_of, 0.0)
+            if centred:
+                c_of = means_of(sums + k0 * K1 * 8, column, *place, R1, K1)
             c_lanes, e_lanes = narrowed(c_of) * scale * gain, narrowed(e_of) * scale * gain
             p = chunk * chunk_rows + number // across
             limit = min((chunk + 1) * chunk_rows, rows)
@@ -177,7 +181,7 @@ def rows_kernel(c: Backward) -> Kernel:
     scalar = np.float64 if c.wide else np.float32
     geometry = (lane, c.vector, c.loads, "flat")
     load_dy, load_x = memory.loader(c.result, *geometry), memory.loader(c.source, *geometry)
-    statistic = memory.gatherer("element", types.float64, c.vector, c.loads, "flat")
+    statistic = affine.gatherer("element", types.float64, c.vector, c.loads, "flat")
     narrowed = identity if c.wide else ln.narrowed
     widened = identity if c.wide else ln.widened
     write_number = memory.write_number
@@ -223,22 +227,74 @@ def rows_kernel(c: Backward) -> Kernel:
 
 def backward(plan: Plan, call: Call, addresses: tuple[int, ...], stream: int, workspace: Callable[[int], Span]) -> None:
     """Write dx, dweight and dbias."""
-    dy, x, dx, mask, weight, mean, rstd, dweight, dbias = addresses
+    dweight, dbias = addresses[7:]
     how = columns_backward(plan, call)
-    starts = how.sums.starts
-    x, dy, mask = x + starts[0], dy + starts[1], mask + starts[2]
+    dy, x, _, mask, weight, mean, rstd = arrays = _from_first(how, addresses[:7])
     table = workspace(how.workspace).address
     means = table + how.table
-    wide = how.sums.choice.wide
+    _take_sums(how, (dy, x, mask, weight, mean, rstd), table, stream)
+    merge_groups(how.groups, how.sums.choice.wide, table, weight, means, stream)
+    _merge_weights(how, (dy, x, mean, rstd), table, dweight, dbias, stream)
+    _emit(how, call, arrays, means, stream)
+
+
+def partial_sums(
+    plan: Plan, call: Call, addresses: tuple[int, ...], stream: int, workspace: Callable[[int], Span]
+) -> None:
+    """Write sum(g) and sum(g * h) of every group."""
+    dy, x, weight, mean, rstd, result = addresses
+    how = columns_backward(plan, call)
+    dy, x, *_ = _from_first(how, (dy, x, 0, 0))
+    table = workspace(how.workspace).address
+    _take_sums(how, (dy, x, 0, weight, mean, rstd), table, stream)
+    merge_groups(as_sums(how.groups), how.sums.choice.wide, table, weight, result, stream)
+
+
+def partial_gradient(
+    plan: Plan,
+    call: Call,
+    addresses: tuple[int, ...],
+    weighted: bool,
+    stream: int,
+    workspace: Callable[[int], Span],
+) -> None:
+    """Write dx from the means of whole groups, and dweight and dbias if they have addresses: see `rows_backward`."""
+    means, dweight, dbias = addresses[7:]
+    how = columns_backward(plan, call)
+    dy, x, _, mask, weight, mean, rstd = arrays = _from_first(how, addresses[:7])
+    table = workspace(how.workspace).address
+    if weighted:
+        given, means = means, table + how.table
+        merge_groups(weighing(plan), how.sums.choice.wide, given, weight, means, stream)
+    if dweight:
+        if how.rows is None:
+            _take_sums(how, (dy, x, mask, weight, mean, rstd), table, stream)
+        _merge_weights(how, (dy, x, mean, rstd), table, dweight, dbias, stream)
+    _emit(how, call, arrays, means, stream)
+
+
+def _from_first(how: ColumnsBackward, arrays: Sequence[int]) -> tuple[int, ...]:
+    """Return the addresses of (dy, x, dx, mask, ...) with those of first elements for spans' lowest addresses."""
+    dy, x, dx, mask, *rest = arrays
+    starts = how.sums.starts
+    return dy + starts[1], x + starts[0], dx, mask + starts[2], *rest
+
+
+def _take_sums(how: ColumnsBackward, arrays: tuple[int, ...], table: int, stream: int) -> None:
     part = how.sums
-    sums_kernel(part.choice)(part.blocks, stream, dy, x, mask, weight, mean, rstd, table, *part.numbers)
-    merge_groups(how.groups, wide, table, weight, means, stream)
-    if how.rows is None:
-        merge_weights(how.weights, wide, table, dweight, dbias, stream)
-    else:
-        own = means + how.means
-        row = how.rows
-        rows_kernel(row.choice)(row.blocks, stream, dy, x, mean, rstd, own, *row.numbers)
-        merge_weights(how.weights, wide, own, dweight, dbias, stream)
+    sums_kernel(part.choice)(part.blocks, stream, *arrays, table, *part.numbers)
+
+
+def _merge_weights(
+    how: ColumnsBackward, arrays: tuple[int, ...], table: int, dweight: int, dbias: int, stream: int
+) -> None:
+    """Queue the writing of dweight and dbias, from the lanes' sums or, where weights lie along the rows, the rows'."""
+    if how.rows is not None:
+        table += how.table + how.means
+        rows_kernel(how.rows.choice)(how.rows.blocks, stream, *arrays, table, *how.rows.numbers)
+    merge_weights(how.weights, how.sums.choice.wide, table, dweight, dbias, stream)
+
+
+def _emit(how: ColumnsBackward, call: Call, arrays: tuple[int, ...], means: int, stream: int) -> None:
     part = how.emit
-    emit_kernel(part.choice, call.fixed)(part.blocks, stream, dy, x, dx, mask, weight, mean, rstd, means, *part.numbers)
+    emit_kernel(part.choice, call.fixed)(part.blocks, stream, *arrays, means, *part.numbers)

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..core.dtypes import WIDE
-from .arrays import DeviceArray, Strided
+from ..core.spec import ArraySpec
+from .arrays import DeviceArray
 from .lanes import I64, narrowed, tile
 from .launch import item_size
 from .memory import Span, loader, storer
@@ -45,14 +46,13 @@ class Copy(NamedTuple):
 
     def run(self, target: int, source: int, added: int, stream: int) -> None:
         """Queue it, between these addresses of first elements."""
-        kernel = _kernel(*self.names)
-        blocks = -(-self.numbers[0] // THREADS)
         for t, s, a in self.walk:
-            kernel(blocks, stream, target + t, source + s, added + a, *self.numbers)
+            blocks = -(-self.numbers[0] // THREADS)
+            _kernel(*self.names)(blocks, stream, target + t, source + s, added + a, *self.numbers)
 
 
 @lru_cache(maxsize=4096)
-def copying(target: Strided, source: Strided, added: Strided | None = None) -> Copy:
+def copying(target: ArraySpec, source: ArraySpec, added: ArraySpec | None = None) -> Copy:
     """Plan a copy between arrays of one shape."""
     shape = target.shape
     names = target.name, source.name, "" if added is None else added.name
@@ -83,7 +83,7 @@ def copying(target: Strided, source: Strided, added: Strided | None = None) -> C
 
 def copy(target: DeviceArray, source: DeviceArray, stream: int, added: DeviceArray | None = None) -> None:
     """Queue a copy between arrays of one shape."""
-    planned = copying(target.lies, source.lies, None if added is None else added.lies)
+    planned = copying(target.spec, source.spec, None if added is None else added.spec)
     planned.run(target.address, source.address, 0 if added is None else added.address, stream)
 
 

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from ..core.dtypes import NARROW
+from ..core.norms import STD
 from ..core.plan import Placement, Plan
 
 WARP = 32
@@ -111,11 +112,12 @@ class Rows(NamedTuple):
     leaves: str = "stats"  # statistics go to "stats", or a chunk's to the "table", or "nowhere"
     writes: bool = True  # y is written
     mask: str = "all"  # of `memory.chooser`
-    weight: str = ""  # of `memory.gatherer`; "" where there is none
+    weight: str = ""  # of `affine.gatherer`; "" where there is none
     bias: str = ""
     affine: str = ""  # dtype of weight and bias; "": that of the lanes
     added: bool = False  # x + residual is formed, and kept in total
     centred: bool = True
+    scale: str = STD  # how statistics become rstd, of `numbanorm.core.norms.SCALES`
     split: bool = False  # groups are cut into chunks
     joined: bool = False  # whose blocks are a cluster, and know of each other's statistics
     kept: bool = False  # K1 is not 1
@@ -194,6 +196,80 @@ def steps(placement: Placement, plan: Plan) -> tuple[int, ...]:
     return placement.start, *(s for s, n in zip(placement.strides, lengths, strict=False) if n > 1)
 
 
+class _Read(NamedTuple):
+    """How a rows kernel reads and writes a call's arrays."""
+
+    x: Placement
+    y: Placement
+    mask: Placement
+    sizes: tuple[int, ...]  # bytes of an element of x, y, mask, weight, bias, residual and total
+    vector: int
+    weights: str  # of `affine.gatherer`
+    masks: str  # of `memory.chooser`
+    flat: bool  # whether pieces of a group are neighbours
+
+
+def _read(plan: Plan, call: Call, writes: bool) -> _Read:
+    layout = plan.layout
+    _, r0, k1, r1 = layout.view
+    x = plan.packed if call.summed else plan.x or plan.packed
+    y, mask = plan.y or plan.packed, plan.mask or plan.packed
+    parameter = item_size(call.affine) if call.affine else 8 if is_wide(call.source) else 4
+    source, result = item_size(call.source), item_size(call.result)
+    sizes = (source, result, 1, parameter, parameter, source, result)
+    along = layout.inner == 1 and layout.size % r1 == 0 and (r0 == 1 or k1 * r1 % layout.size == 0)
+    one = layout.inner % r1 == 0 and (r0 == 1 or k1 * r1 % (layout.inner * layout.size) == 0)
+    multiples = (r1, *steps(x, plan), *(steps(y, plan) if writes else ()))
+    if call.mask and mask.strides[3] == 1:
+        multiples += steps(mask, plan)
+    affine = call.weight or call.bias
+    if affine and layout.inner > 1 and not one:
+        multiples += (layout.inner,)
+    same = layout.inner == 1 and layout.size == r1
+    kind = "same" if same else "along" if along else "shared" if one else "element" if layout.inner == 1 else "piece"
+    masks = "all" if not call.mask else "elements" if mask.strides[3] == 1 else "runs"
+    together = k1 == 1 and all(p.strides[1] == r1 for p in (x, y)) and (masks != "elements" or mask.strides[1] == r1)
+    flat = r0 == 1 or (together and masks != "runs" and not (affine and along))
+    return _Read(x, y, mask, sizes, vector_of(sizes, call.low, multiples), kind, masks, flat)
+
+
+class _Tiles(NamedTuple):
+    """How the elements of a group are spread over threads and blocks."""
+
+    rung: Rung
+    loads: int  # a tile
+    pieces: int
+    chunks: int
+    chunk_pieces: int
+    joined: bool  # a cluster may take a group
+
+    @property
+    def held(self) -> bool:
+        return self.rung is not STREAM
+
+
+def _tiles(plan: Plan, read: _Read, wide: bool) -> _Tiles:
+    layout, vector = plan.layout, read.vector
+    pieces = layout.count // vector
+    part = 2 if wide else 1
+    ladder = HALVES if max(read.sizes[:2]) == 2 else LADDER
+    rung = next((r for r in ladder if layout.count * part <= r.elements), STREAM)
+    if rung is ladder[-1] and not read.flat:
+        rung = STREAM  # the offsets of runs would not fit in registers beside 32 elements
+    most = CLUSTER_HALVES[layout.centred] if ladder is HALVES else CLUSTER * LADDER[-1].elements // part
+    joined = rung is STREAM and read.flat and layout.count <= most
+    if joined:
+        rung = next(r for r in HALVES if -(-pieces // CLUSTER) * vector * part <= r.elements)
+    loads = max(1, rung.each // part // vector)
+    tile = rung.team * loads
+    if rung is STREAM:
+        chunk_pieces = -(-chunk_elements(plan) // (tile * vector)) * tile
+    else:
+        chunk_pieces = -(-pieces // CLUSTER) if joined else pieces
+    chunks = CLUSTER if joined else -(-pieces // chunk_pieces)
+    return _Tiles(rung, loads, pieces, chunks, chunk_pieces, joined)
+
+
 @lru_cache(maxsize=4096)
 def rows(plan: Plan, call: Call, takes: str, leaves: str, writes: bool) -> Launch:
     """Choose the launch of a rows kernel.
@@ -207,91 +283,44 @@ def rows(plan: Plan, call: Call, takes: str, leaves: str, writes: bool) -> Launc
     """
     layout = plan.layout
     _, r0, k1, r1 = layout.view
-    x = plan.packed if call.summed else plan.x or plan.packed
-    y = plan.y or plan.packed
-    mask = plan.mask or plan.packed
     wide = is_wide(call.source)
-    parameter = item_size(call.affine) if call.affine else 8 if wide else 4
-    sizes = (
-        item_size(call.source),
-        item_size(call.result),
-        1,
-        parameter,
-        parameter,
-        item_size(call.source),
-        item_size(call.result),
-    )
-    along = layout.inner == 1 and layout.size % r1 == 0 and (r0 == 1 or k1 * r1 % layout.size == 0)
-    one = layout.inner % r1 == 0 and (r0 == 1 or k1 * r1 % (layout.inner * layout.size) == 0)
-    multiples = (r1, *steps(x, plan), *(steps(y, plan) if writes else ()))
-    if call.mask and mask.strides[3] == 1:
-        multiples += steps(mask, plan)
-    affine = call.weight or call.bias
-    if affine and layout.inner > 1 and not one:
-        multiples += (layout.inner,)
-    vector = vector_of(sizes, call.low, multiples)
-    same = layout.inner == 1 and layout.size == r1
-    kind = "same" if same else "along" if along else "group" if one else "element" if layout.inner == 1 else "piece"
-    mask_kind = "all" if not call.mask else "elements" if mask.strides[3] == 1 else "runs"
-    together = (
-        k1 == 1 and all(p.strides[1] == r1 for p in (x, y)) and (mask_kind != "elements" or mask.strides[1] == r1)
-    )
-    flat = r0 == 1 or (together and mask_kind != "runs" and not (affine and along))
-    pieces = r0 * r1 // vector
-    part = 2 if wide else 1
-    ladder = HALVES if max(sizes[:2]) == 2 else LADDER
-    rung = next((r for r in ladder if layout.count * part <= r.elements), STREAM)
-    if rung is ladder[-1] and not flat:
-        rung = STREAM  # the offsets of runs would not fit in registers beside 32 elements
-    most = CLUSTER_HALVES[layout.centred] if ladder is HALVES else CLUSTER * LADDER[-1].elements // part
-    joined = rung is STREAM and flat and layout.count <= most
-    if joined:
-        rung = next(r for r in HALVES if -(-pieces // CLUSTER) * vector * part <= r.elements)
-    held = rung is not STREAM
-    count = max(1, rung.each // part // vector)
-    tile = rung.team * count
-    if held:
-        chunk_pieces = -(-pieces // CLUSTER) if joined else pieces
-    else:
-        chunk_pieces = -(-chunk_elements(plan) // (tile * vector)) * tile
-    chunks = CLUSTER if joined else -(-pieces // chunk_pieces)
-    split = chunks > 1
-    rule = "runs" if not flat else "whole" if held and pieces == chunks * tile else "flat"
+    read = _read(plan, call, writes)
+    tiles = _tiles(plan, read, wide)
+    rung, chunks = tiles.rung, tiles.chunks
+    whole = tiles.held and tiles.pieces == chunks * rung.team * tiles.loads
+    rule = "runs" if not read.flat else "whole" if whole else "flat"
     units = layout.groups * chunks
     block = block_of(rung.team)
     choice = Rows(
         source=call.source,
         result=call.result,
         wide=wide,
-        vector=vector,
-        loads=count,
+        vector=read.vector,
+        loads=tiles.loads,
         team=rung.team,
         block=block,
         rule=rule,
-        held=held,
+        held=tiles.held,
         takes=takes,
         leaves=leaves,
         writes=writes,
-        mask=mask_kind if takes == "x" else "all",
-        weight=kind if call.weight and writes else "",
-        bias=kind if call.bias and writes else "",
-        affine=call.affine if affine and writes else "",
+        mask=read.masks if takes == "x" else "all",
+        weight=read.weights if call.weight and writes else "",
+        bias=read.weights if call.bias and writes else "",
+        affine=call.affine if (call.weight or call.bias) and writes else "",
         added=call.added,
         centred=layout.centred,
-        split=split,
-        joined=joined and takes == "x" and leaves == "stats" and writes,
+        scale=layout.record.scale if leaves == "stats" else STD,
+        split=chunks > 1,
+        joined=tiles.joined and takes == "x" and leaves == "stats" and writes,
         kept=k1 > 1,
-        registers=budget(rung, call, rule, joined),
+        registers=budget(rung, call, rule, tiles.joined),
     )
-    numbers = (
-        units, chunks, chunk_pieces, pieces, r1 // vector, k1, r0 * k1 * r1, r1,
-        *(x.strides[i] for i in (0, 1, 2)),
-        *(y.strides[i] for i in (0, 1, 2)),
-        *(mask.strides[i] for i in (0, 1, 2)),
-        layout.inner, layout.size,
-    )  # fmt: skip
+    x, y, mask, sizes = read[:4]
+    strides = (*x.strides[:3], *y.strides[:3], *mask.strides[:3])
+    head = (units, chunks, tiles.chunk_pieces, tiles.pieces, r1 // read.vector, k1, r0 * k1 * r1, r1)
     starts = (x.start * sizes[0], y.start * sizes[1], mask.start)
-    return Launch(choice, -(-units * rung.team // block), starts, numbers)
+    return Launch(choice, -(-units * rung.team // block), starts, (*head, *strides, layout.inner, layout.size))
 
 
 def budget(rung: Rung, call: Call, rule: str, joined: bool) -> int:
@@ -341,6 +370,7 @@ class Columns(NamedTuple):
     weight: bool = False
     bias: bool = False
     centred: bool = True
+    scale: str = STD  # of the sums
 
 
 class ColumnsLaunch(NamedTuple):
@@ -360,6 +390,7 @@ class Close(NamedTuple):
     team: int
     block: int
     blocks: int
+    scale: str  # as in `Rows`
     numbers: tuple[int, ...]
 
 
@@ -389,20 +420,10 @@ def columns(plan: Plan, call: Call, part: str) -> ColumnsLaunch:
     if along and (call.weight or call.bias):
         multiples += (layout.size,)
     vector = vector_of(sizes, call.low, multiples)
-    block = COLUMN_THREADS // 2 if vector * lane > WORD else COLUMN_THREADS
-    count = COLUMN_ROWS * (2 if vector == 1 and part in ("moments", "apply") else 1)
-    if vector > 4 and part in ("sums", "emit"):
-        count //= 2
-    below = min(power_of_two(-(-rows // count)), block // 32)
-    across = min(power_of_two(-(-lanes // vector)), block // below)
-    below = block // across
+    block, count, across = _column_block(rows, lanes, vector, lane, part)
     tiles = -(-lanes // (across * vector))
-    tile = below * count
-    wanted = min(MAX_CHUNKS, max(1, SPLIT_BLOCKS // (tiles * k0))) if part in ("moments", "sums") else 1 << 20
-    least = 1 if part in ("moments", "sums") else 4
-    chunk_rows = max(least * tile, -(-rows // (wanted * tile)) * tile)
-    if part == "sums":
-        chunk_rows = min(chunk_rows, SUM_TILES * tile)
+    tile = block // across * count
+    chunk_rows = _chunk_rows(rows, tile, tiles * k0, part)
     chunks = -(-rows // chunk_rows)
     choice = Columns(
         source=call.source,
@@ -417,6 +438,7 @@ def columns(plan: Plan, call: Call, part: str) -> ColumnsLaunch:
         weight=call.weight and part != "moments",
         bias=call.bias and part == "apply",
         centred=layout.centred,
+        scale=layout.record.scale if part == "sums" else STD,
     )
     entries = k0 * chunks * lanes
     head = (tiles, chunks, chunk_rows, rows, lanes)
@@ -430,6 +452,24 @@ def columns(plan: Plan, call: Call, part: str) -> ColumnsLaunch:
             numbers += entries, mask.strides[0], mask.strides[1]
     starts = (x.start * sizes[0], y.start * sizes[1], mask.start)
     return ColumnsLaunch(choice, k0 * chunks * tiles, starts, numbers, chunks, entries)
+
+
+def _column_block(rows: int, lanes: int, vector: int, lane: int, part: str) -> tuple[int, int, int]:
+    """Return the threads of a block, the rows that each has under way, and the threads along the lanes."""
+    block = COLUMN_THREADS // 2 if vector * lane > WORD else COLUMN_THREADS
+    count = COLUMN_ROWS * (2 if vector == 1 and part in ("moments", "apply") else 1)
+    if vector > 4 and part in ("sums", "emit"):
+        count //= 2
+    below = min(power_of_two(-(-rows // count)), block // 32)
+    return block, count, min(power_of_two(-(-lanes // vector)), block // below)
+
+
+def _chunk_rows(rows: int, tile: int, tiles: int, part: str) -> int:
+    """Return the rows of a chunk: whole tiles, and as many as keep all multiprocessors busy."""
+    leaves_sums = part in ("moments", "sums")
+    wanted = min(MAX_CHUNKS, max(1, SPLIT_BLOCKS // tiles)) if leaves_sums else 1 << 20
+    chunk = max((1 if leaves_sums else 4) * tile, -(-rows // (wanted * tile)) * tile)
+    return min(chunk, SUM_TILES * tile) if part == "sums" else chunk
 
 
 def _lane_steps(placement: Placement, plan: Plan) -> tuple[int, ...]:
@@ -446,4 +486,4 @@ def close(plan: Plan, part: ColumnsLaunch) -> Close:
     entries = part.chunks * r1
     team = min(32, power_of_two(-(-entries // 4)))
     numbers = (k0 * k1, k1, part.chunks * lanes, r1, entries, r1, lanes, part.entries)
-    return Close(team, NARROW_BLOCK, -(-k0 * k1 * team // NARROW_BLOCK), numbers)
+    return Close(team, NARROW_BLOCK, -(-k0 * k1 * team // NARROW_BLOCK), plan.layout.record.scale, numbers)

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from ..core.dtypes import NARROW, WIDE
+from ..core.spec import ArraySpec, array_spec, contiguous
 from . import devices
-from .arrays import DeviceArray, Interface, Strided, contiguous, strided
+from .arrays import DeviceArray, Interface
 from .toolchain import cuda
 
 
@@ -37,11 +38,11 @@ class Library:
         """
         raise NotImplementedError
 
-    def empty(self, lies: Strided, like: DeviceArray) -> DeviceArray:
-        """Return a new array that lies so, without gaps, on the device and for the stream of `like`."""
+    def empty(self, spec: ArraySpec, like: DeviceArray) -> DeviceArray:
+        """Return a new array of this spec, without gaps, on the device and for the stream of `like`."""
         raise NotImplementedError
 
-    def view(self, array: DeviceArray, offset: int, lies: Strided) -> Any:
+    def view(self, array: DeviceArray, offset: int, spec: ArraySpec) -> Any:
         """Return some elements of an array that `empty` made, `offset` bytes from its first, as an array."""
         raise NotImplementedError
 
@@ -69,7 +70,7 @@ class Torch(Library):
             self.dtypes[torch.bfloat16] = np.dtype(bfloat16)
         self.own = {dtype: own for own, dtype in self.dtypes.items()}
         self.strided = torch.strided
-        self._lies = lru_cache(maxsize=4096)(self._lie)
+        self._specs = lru_cache(maxsize=4096)(self._spec)
         self._makes = lru_cache(maxsize=4096)(self._make)
         # The public way makes an object of class Stream, 1 us; torch's own compilers ask so too.
         self.raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", self._public_stream)
@@ -82,17 +83,17 @@ class Torch(Library):
             raise TypeError(f"{name}: {self._refusal(value)}")
         if value.is_neg():
             raise TypeError(f"{name}: expected a tensor that is in memory as it reads; call .resolve_neg() first")
-        lies = self._lies(value.shape, value.stride(), value.dtype)
-        if lies is None:
+        spec = self._specs(value.shape, value.stride(), value.dtype)
+        if spec is None:
             raise TypeError(f"{name}: {self._refusal(value)}")
-        return DeviceArray(value, self, value.data_ptr(), lies, value.get_device())
+        return DeviceArray(value, self, value.data_ptr(), spec, value.get_device())
 
-    def _lie(self, shape: Any, steps: tuple[int, ...], own: Any) -> Strided | None:
+    def _spec(self, shape: Any, steps: tuple[int, ...], own: Any) -> ArraySpec | None:
         dtype = self.dtypes.get(own)
-        return None if dtype is None else strided(tuple(shape), tuple(s * dtype.itemsize for s in steps), dtype)
+        return None if dtype is None else array_spec(tuple(shape), tuple(s * dtype.itemsize for s in steps), dtype)
 
-    def _make(self, lies: Strided) -> tuple[tuple[int, ...], list[int], Any]:
-        return lies.shape, [s // lies.dtype.itemsize for s in lies.strides], self.own[lies.dtype]
+    def _make(self, spec: ArraySpec) -> tuple[tuple[int, ...], list[int], Any]:
+        return spec.shape, [s // spec.dtype.itemsize for s in spec.strides], self.own[spec.dtype]
 
     def _refusal(self, value: Any) -> str:
         if not value.is_cuda:
@@ -106,15 +107,15 @@ class Torch(Library):
         known = "float16, bfloat16, float32, float64, bool or an integer of 8 to 64 bits"
         return f"expected {known}, got {value.dtype}"
 
-    def empty(self, lies: Strided, like: DeviceArray) -> DeviceArray:
-        shape, steps, dtype = self._makes(lies)
+    def empty(self, spec: ArraySpec, like: DeviceArray) -> DeviceArray:
+        shape, steps, dtype = self._makes(spec)
         device = like.owner.device if like.library is self else f"cuda:{like.device}"
         tensor = self.torch.empty_strided(shape, steps, dtype=dtype, device=device)
-        return DeviceArray(tensor, self, tensor.data_ptr(), lies, like.device, like.stream)
+        return DeviceArray(tensor, self, tensor.data_ptr(), spec, like.device, like.stream)
 
-    def view(self, array: DeviceArray, offset: int, lies: Strided) -> Any:
-        shape, steps, _ = self._makes(lies)
-        return array.owner.as_strided(shape, steps, offset // lies.dtype.itemsize)
+    def view(self, array: DeviceArray, offset: int, spec: ArraySpec) -> Any:
+        shape, steps, _ = self._makes(spec)
+        return array.owner.as_strided(shape, steps, offset // spec.dtype.itemsize)
 
     def stream(self, array: DeviceArray) -> int:
         return self.raw_stream(array.device)
@@ -133,17 +134,17 @@ class CuPy(Library):
 
     def read(self, value: Any, name: str) -> DeviceArray:
         return DeviceArray(
-            value, self, value.data.ptr, strided(value.shape, value.strides, value.dtype), value.device.id
+            value, self, value.data.ptr, array_spec(value.shape, value.strides, value.dtype), value.device.id
         )
 
-    def empty(self, lies: Strided, like: DeviceArray) -> DeviceArray:
-        array = self.cupy.empty(lies.shape, lies.dtype)
-        if array.strides != lies.strides and array.size:
-            array = self.cupy.ndarray(lies.shape, lies.dtype, array.data, lies.strides)
-        return DeviceArray(array, self, array.data.ptr, lies, like.device, like.stream)
+    def empty(self, spec: ArraySpec, like: DeviceArray) -> DeviceArray:
+        array = self.cupy.empty(spec.shape, spec.dtype)
+        if array.strides != spec.strides and array.size:
+            array = self.cupy.ndarray(spec.shape, spec.dtype, array.data, spec.strides)
+        return DeviceArray(array, self, array.data.ptr, spec, like.device, like.stream)
 
-    def view(self, array: DeviceArray, offset: int, lies: Strided) -> Any:
-        return self.cupy.ndarray(lies.shape, lies.dtype, array.owner.data + offset, lies.strides)
+    def view(self, array: DeviceArray, offset: int, spec: ArraySpec) -> Any:
+        return self.cupy.ndarray(spec.shape, spec.dtype, array.owner.data + offset, spec.strides)
 
     def stream(self, array: DeviceArray) -> int:
         return int(self.cupy.cuda.get_current_stream().ptr)
@@ -172,7 +173,7 @@ class Other(Library):
             dtype = np.dtype(interface["typestr"])
         shape = tuple(interface["shape"])
         strides = interface.get("strides")
-        lies = contiguous(shape, dtype) if strides is None else strided(shape, tuple(strides), dtype)
+        spec = contiguous(shape, dtype) if strides is None else array_spec(shape, tuple(strides), dtype)
         address, read_only = interface["data"]
         address = address or 0
         if address == 0 and 0 not in shape:
@@ -184,16 +185,16 @@ class Other(Library):
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         stream = interface.get("stream")
-        return DeviceArray(value, self, address, lies, device, stream, not read_only)
+        return DeviceArray(value, self, address, spec, device, stream, not read_only)
 
-    def empty(self, lies: Strided, like: DeviceArray) -> DeviceArray:
+    def empty(self, spec: ArraySpec, like: DeviceArray) -> DeviceArray:
         stream = devices.numba_stream(like.stream or 0)
-        array = cuda.device_array(lies.shape, lies.dtype, strides=lies.strides, stream=stream)
+        array = cuda.device_array(spec.shape, spec.dtype, strides=spec.strides, stream=stream)
         address = array.__cuda_array_interface__["data"][0] or 0
-        return DeviceArray(array, self, address, lies, like.device, like.stream)
+        return DeviceArray(array, self, address, spec, like.device, like.stream)
 
-    def view(self, array: DeviceArray, offset: int, lies: Strided) -> Any:
-        seen = Interface(array.address + offset, lies, array.owner, array.stream)
+    def view(self, array: DeviceArray, offset: int, spec: ArraySpec) -> Any:
+        seen = Interface(array.address + offset, spec, array.owner, array.stream)
         return cuda.as_cuda_array(seen, sync=False)
 
     def stream(self, array: DeviceArray) -> int:
@@ -254,7 +255,7 @@ def read_beside(value: Any, name: str, first: DeviceArray) -> DeviceArray:
     Raises
     ------
     TypeError
-        If it lies in host memory.
+        If it lies in host memory, or in foreign byte order.
     ValueError
         If it lies on another device.
     """
@@ -269,4 +270,6 @@ def read_beside(value: Any, name: str, first: DeviceArray) -> DeviceArray:
             devices.wait(first.stream or 0, array.stream)
     if array.device != first.device:
         raise ValueError(f"{name}: expected an array on device {first.device}, as x is, got one on {array.device}")
+    if not array.dtype.isnative:
+        raise TypeError(f"{name}: expected the byte order of this machine, got {array.dtype}")
     return array

@@ -12,8 +12,9 @@ from functools import cache, lru_cache
 import numpy as np
 
 from ..core.plan import Plan
+from . import affine, launch, memory
 from . import lanes as ln
-from . import launch, memory
+from .cluster import show_to_cluster, wait_for_cluster
 from .launch import Call, Launch, Rows, item_size
 from .memory import Span
 from .toolchain import Kernel, cuda, device, has_clusters, types
@@ -45,7 +46,7 @@ def kernel(c: Rows) -> Kernel:
     load_sum = memory.loader(c.result, lane, c.vector, c.loads, c.rule)
     store = memory.storer(c.result, *geometry)
     chosen_of = memory.chooser(c.mask, c.vector, c.loads, c.rule)
-    store_y = memory.affine_storer(c.result, *geometry, c.weight, c.bias, c.affine)
+    store_y = affine.affine_storer(c.result, *geometry, c.weight, c.bias, c.affine)
     rounded = memory.rounder(c.result, lane, width)
     of_tile, merge = moments(lane, 1, c.centred)
     tile_moments = of_tile(width)
@@ -66,13 +67,12 @@ def kernel(c: Rows) -> Kernel:
     joined, on_the_way = c.joined, c.held and c.takes == "x"
     from_x, from_stats, from_table_alone = c.takes == "x", c.takes == "stats", c.takes == "table"
     to_table, to_stats = c.leaves == "table", c.leaves == "stats"
-    show_to_cluster, wait_for_cluster = memory.show_to_cluster, memory.wait_for_cluster
     cluster = ints(launch.CLUSTER)
     block_wide = c.team > WARP
     whole_tile = np.int64(c.team * c.loads)
     step = np.int64(c.team)
     source_size, result_size = item_size(c.source), item_size(c.result)
-    inverse_of, rstd_of = inverse_gain(lane), rstd_function()
+    inverse_of, rstd_of = inverse_gain(lane), rstd_function(c.scale)
 
     @device
     def read(x, residual, total, p, limit, run, x_r0, total_r0):

@@ -18,12 +18,12 @@ THREADS = 64
 """Threads that average one channel over the samples: two loads in flight for each of up to 128 samples."""
 
 
-def given(mean: DeviceArray, var: DeviceArray, stats: Span, eps: float, stream: int) -> None:
+def as_statistics(mean: DeviceArray, var: DeviceArray, stats: Span, eps: float, stream: int) -> None:
     """Queue the writing of running statistics as those to normalize with: the rows MEAN and RSTD."""
     channels = mean.shape[0]
-    steps = [array.lies.strides[0] // array.lies.dtype.itemsize for array in (mean, var)]
+    steps = [array.spec.strides[0] // array.spec.dtype.itemsize for array in (mean, var)]
     if channels:
-        kernel = _given(mean.lies.name, var.lies.name)
+        kernel = _as_statistics(mean.spec.name, var.spec.name)
         kernel(-(-channels // THREADS), stream, mean.address, var.address, stats.address, channels, *steps, float(eps))
 
 
@@ -60,10 +60,10 @@ def update(
         Handle.
     """
     channels = mean.shape[0]
-    steps = [array.lies.strides[0] // array.lies.dtype.itemsize for array in (mean, var)]
+    steps = [array.spec.strides[0] // array.spec.dtype.itemsize for array in (mean, var)]
     if channels:
         counts = counts and counter > 0 and momentum is not None
-        kernel = _update(mean.lies.name, var.lies.name, momentum is None, counts)
+        kernel = _update(mean.spec.name, var.spec.name, momentum is None, counts)
         share = 0.0 if momentum is None else float(momentum)
         addresses = (mean.address, var.address, stats.address, counter)
         kernel(channels, stream, *addresses, stats.size // 4, *samples, step, *steps, share)
@@ -75,7 +75,7 @@ def count_batch(counter: int, stats: Span, stream: int) -> None:
 
 
 @cache
-def _given(mean_name: str, var_name: str) -> Kernel:
+def _as_statistics(mean_name: str, var_name: str) -> Kernel:
     load_mean, load_var = (loader(name, types.float64, 1, 1, "flat") for name in (mean_name, var_name))
     scalar = fold(1)
     ints = np.int64

@@ -8,8 +8,9 @@ from typing import Any, Self
 
 import numpy as np
 
+from ..core.spec import contiguous
 from . import devices
-from .arrays import DeviceArray, contiguous
+from .arrays import DeviceArray
 from .libraries import Library
 from .memory import Span
 

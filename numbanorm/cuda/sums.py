@@ -6,25 +6,28 @@ from functools import cache
 
 import numpy as np
 
+from ..core.norms import L2, STD
+from . import affine, memory
 from . import lanes as ln
-from . import memory
 from .toolchain import Kernel, cuda, types
-from .welford import add, team
+from .welford import add, free_count, team
 
 BLOCK = 256
 
 
 @cache
-def groups_kernel(threads: int, block: int, wide: bool, weighted: bool, centred: bool, counted: bool) -> Kernel:
+def groups_kernel(threads: int, block: int, wide: bool, weighted: bool, counted: bool, scale: str = STD) -> Kernel:
     """Return the kernel that writes mean(g) and mean(g * h) of every group, shape (2, groups), float64.
 
     A group's entries are ``(i1, i2)`` of `n1` times `n2`, at ``start + i1 * s1 + i2 * s2``; each is multiplied by the
-    weight of its channel where the sums come without. Three planes: sums of g, of g * h, and counts.
+    weight of its channel where the sums come without. Three planes: sums of g, of g * h, and counts, or, for the L2
+    norm, of h * h.
     """
     lane = types.float64 if wide else types.float32
-    weight_of = memory.gatherer("element", lane, 1, 1, "flat")
+    weight_of = affine.gatherer("element", lane, 1, 1, "flat")
     read_number, write_number, fold = memory.read_number, memory.write_number, ln.fold(1)
     merged, inverse = team(types.float64, threads, add), ln.inverse
+    scalar, of_norm, free = np.float64 if wide else np.float32, scale == L2, free_count(lane)
     step, teams = np.int64(threads), np.int64(block // threads)
     ints = np.int64
 
@@ -50,19 +53,21 @@ def groups_kernel(threads: int, block: int, wide: bool, weighted: bool, centred:
                 w = np.float64(fold(weight_of(weight, flat, ints(0), ints(1), ints(1), ints(1), ints(0), inner, size)))
             a += w * read_number(table, at)
             b += w * read_number(table, plane + at)
-            if counted:
+            if counted or of_norm:
                 n += read_number(table, 2 * plane + at)
             i += step
         a, b, n, none = merged(a, b, n, none)
-        if not counted:
+        if of_norm:
+            n = np.float64(free(scalar(n)))
+        elif not counted:
             n = np.float64(count)
         # Where nothing counts, as in inference, the statistics do not depend on x.
         share = inverse(n) if n > 0.0 else 0.0
         if number % step == 0 and there:
-            write_number(sums, group, a * share if centred else 0.0)
+            write_number(sums, group, a * share)
             write_number(sums, groups + group, b * share)
 
-    return Kernel(group_sums, (threads, block, wide, weighted, centred, counted), block)
+    return Kernel(group_sums, (threads, block, wide, weighted, counted, scale), block)
 
 
 @cache

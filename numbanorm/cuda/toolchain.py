@@ -210,7 +210,7 @@ def _store() -> Any:
 def _stamp() -> str:
     """Identify what a kernel's code depends on beside its own choice: the compilers and the package's sources."""
     here = Path(__file__).parent
-    own = [stamp_of(here), (here.parent / "plan.py").read_text(), (here.parent / "dtypes.py").read_text()]
+    own = [stamp_of(here), *((here.parent / "core" / name).read_text() for name in ("plan.py", "dtypes.py"))]
     return sha256("".join([*map(version, ("numba", "numba-cuda", "cuda-core")), *own]).encode()).hexdigest()
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from ..core.spec import contiguous
 from . import devices
-from .arrays import DeviceArray, Interface, contiguous
+from .arrays import DeviceArray, Interface
 from .copying import copy
 from .libraries import OTHER, read
 from .memory import Span
@@ -20,10 +21,10 @@ _BYTES = np.dtype(np.uint8)
 def to_device(array: np.ndarray, device: int) -> Any:
     """Return a copy of a NumPy array as a numba device array."""
     array = np.ascontiguousarray(array).reshape(array.shape)  # which makes one dimension of none
-    lies = contiguous(array.shape, array.dtype)
-    like = DeviceArray(None, OTHER, 0, lies, device, 0)
+    spec = contiguous(array.shape, array.dtype)
+    like = DeviceArray(None, OTHER, 0, spec, device, 0)
     with scratch_of(like):
-        made = OTHER.empty(lies, like)
+        made = OTHER.empty(spec, like)
         if array.size:
             _bytes(made.address, array.nbytes, made.owner).copy_to_device(array.reshape(-1).view(_BYTES))
             devices.synchronize(0)
@@ -52,7 +53,7 @@ def to_host(value: Any) -> np.ndarray:
         return np.empty(array.shape, array.dtype)
     packed = contiguous(array.shape, array.dtype)
     with scratch_of(array):
-        if array.lies is not packed:
+        if array.spec is not packed:
             gathered = array.library.empty(packed, array)
             copy(gathered, array, array.stream or 0)
             array = gathered

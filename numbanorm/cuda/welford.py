@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..core.norms import L2
 from . import lanes as ln
 from . import memory
 from .toolchain import cuda, device, types
@@ -32,6 +33,9 @@ SMALL = {types.float32: 1e-6, types.float64: 1e-100}
 
 GAIN = {types.float32: 2.0**100, types.float64: 2.0**500}
 """What values are multiplied by, or divided by, before a second look: 1e-45 to 1e-15, 1e38 to 1e8."""
+
+FREE = {types.float32: 1 - 1e-5, types.float64: 1 - 2e-6}
+"""What the square of a group's norm times its rstd is above where it is 1, however it rounds, by lane type."""
 
 WARP = 32
 ALL = 0xFFFFFFFF
@@ -329,16 +333,36 @@ def inverse_gain(lane):
 
 
 @cache
-def rstd_function():
-    """Return the function that gives 1/sqrt(variance + eps), float64; an empty group has variance 0."""
+def rstd_function(scale):
+    """Return the function that gives rstd, float64, as `NormRecord.rstd` does; an empty group has variance 0."""
     inverse, inverse_root = ln.inverse, ln.inverse_root
+    of_norm = scale == L2
 
     @device
     def rstd(count, m2, eps):
+        if of_norm:
+            most, factor = inverse(eps), inverse_root(m2)
+            return most if factor > most else factor
         variance = m2 * inverse(count) if count > 0.0 else 0.0
         return inverse_root(variance + eps)
 
     return rstd
+
+
+@cache
+def free_count(lane):
+    """Return the function that makes the count of a group of L2 norm from its sum of h * h, for the backward formulas.
+
+    It is 1, or 0 where `eps` was larger than the group's norm, so that rstd does not depend on x; NaN gives 1.
+    """
+    scalar = np.float32 if lane == types.float32 else np.float64
+    least, zero, one = scalar(FREE[lane]), scalar(0), scalar(1)
+
+    @device
+    def count(squares):
+        return zero if squares < least else one
+
+    return count
 
 
 @cache

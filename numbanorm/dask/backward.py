@@ -1,143 +1,132 @@
 """Gradients of the functions on dask arrays, chunk by chunk.
 
 As forward, chunks of whole groups are differentiated by themselves. Elsewhere the two sums of every chunk (see
-`numbanorm.pieces`) are added up by a tree, then the chunks of `x` and `dy` are read anew. All results are lazy;
-gradients of weight and bias are sums over the chunks, added in float64. Chunks of whole groups may be CUDA arrays; the
-kernels for sums of parts are the CPU's alone.
+`numbanorm.stats.partials`) are added up by a tree, then the chunks of `x` and `dy` are read anew. All results are lazy;
+gradients of weight and bias are sums over the chunks, added in float64.
 """
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any
 
 import dask.array as da
 import numpy as np
 from dask.array.utils import meta_from_array
 
-from ..calls.arrays import as_array
-from ..calls.dispatch import calls_for, cuda_module
-from ..core.dtypes import Format, is_float
-from ..core.plan import Options
+from ..calls import check, host, prepare
+from ..calls.arrays import as_parameter
+from ..core.norms import L2, record_of
 from ..core.threads import serial
-from ..stats import partials as pieces
-from .chunks import Call, Statistics, after, as_input, beside, on_device, to_host
+from ..layers.base import Kept
+from ..stats import partials
+from .chunks import Call, Task, after, as_dask, beside, block_parts, empty, form_of, in_order, spec, to_host
+
+CLAMPED = 5e-6
+"""By how much a norm times its factor may be below 1 by rounding, float32 kernels' too; more, and it was clamped."""
 
 
-def run_backward(
+def backward(
     norm: str,
-    options: Options,
+    first: Any,
+    second: Any,
     dy: Any,
     x: Any,
-    source: Any,
-    form: Format,
     mean: Any,
     rstd: Any,
     weight: Any,
     mask: Any,
-    *,
-    fixed: bool = False,
+    fixed: bool,
 ) -> tuple[Any, ...]:
-    """Return dx, dweight and, where there is a mean, dbias, as `numbanorm.calls.run_backward` does."""
-    gradient, gradient_form = as_input(dy, "dy")
-    if gradient.shape != source.shape:
-        raise ValueError(f"dy: expected the shape of x, {source.shape}, got {gradient.shape}")
-    if not gradient_form.is_float:
-        raise TypeError(f"dy: expected a float dtype, got {gradient.dtype}")
-    call = Call(norm, options, source, form, weight, None, None if fixed else mask)
-    kind = form.lane
-    if weight is not None:
-        assert call.weight is not None
-        given = weight.dtype if isinstance(weight, da.Array) else as_array(weight, "weight").dtype
-        kind = given if is_float(given) else kind  # a list of integers has none
-        call.weight = call.weight.astype(form.lane)
-    centred = call.layout.centred
-    stats = Statistics(_statistic(mean, "mean", call) if centred else None, _statistic(rstd, "rstd", call))
+    """Return dx, dweight and, where the norm has a bias, dbias; `fixed`: the statistics do not depend on x."""
+    record = record_of(norm)
+    source = as_dask(x, "x")
+    form = form_of(source)
+    options = check.options_of(record, source.shape, first, second)
+    if fixed:
+        norm, mask = prepare.of_running_statistics(norm), None
+    elif mask is not None:
+        check.check_takes_mask(record)
+        mask = as_dask(mask, "mask")
+    record = record_of(norm)
+    gradient = as_dask(dy, "dy")
+    if weight is not None and not isinstance(weight, da.Array):
+        weight = as_parameter(weight, "weight", form.lane)
+    weight = None if weight is None else as_dask(weight, "weight")
+    stats = Kept(
+        *(
+            None if value is None or name not in record.statistics else as_dask(value, name)
+            for name, value in (("mean", mean), ("rstd", rstd))
+        )
+    )
+    arrays = map(spec, (source, gradient, weight, *stats, mask))
+    checked = prepare.backward(norm, options, *arrays)
+    call = Call(norm, options, source, form, None if weight is None else weight.astype(form.lane), mask=mask)
     work = _Backward(call, gradient.rechunk(source.chunks), stats)
     if source.size == 0:
         dx = da.zeros(source.shape, dtype=form.result, chunks=source.chunks)
-        sums = [da.zeros(call.layout.affine_shape)] * 2
+        sums = [da.zeros(call.layout.affine_shape) for _ in record.parameters]
     else:
         dx, *sums = work.by_chunk(fixed) if fixed or call.local else work.across_chunks()
-    return dx, *(part.astype(kind) for part in (sums if centred else sums[:1]))
-
-
-def _statistic(value: Any, name: str, call: Call) -> Any:
-    array, form = as_input(value, name)
-    if array.shape != call.layout.stats_shape:
-        raise ValueError(f"{name}: expected shape {call.layout.stats_shape}, got {array.shape}")
-    if not form.is_float:
-        raise TypeError(f"{name}: expected a float dtype, got {array.dtype}")
-    return array
+    return dx, *(part.astype(checked.gradient.dtype) for part in sums)
 
 
 class _Backward:
     """One checked call, the gradient of its output, and its statistics."""
 
-    def __init__(self, call: Call, dy: Any, stats: Statistics) -> None:
+    def __init__(self, call: Call, dy: Any, stats: Kept) -> None:
         self._call, self._dy, self._stats = call, dy, stats
+        self._parameters = range(1, 1 + len(call.record.parameters))
         self._weight = (call.weight, call.weight_axes)
-        self._mask = (call.mask, call.all)
 
     def by_chunk(self, fixed: bool) -> tuple[Any, ...]:
-        """Return dx, dweight and dbias where no group lies in several chunks, or, `fixed`, statistics are constants."""
+        """Return all gradients where no group lies in several chunks, or, `fixed`, statistics are constants."""
         call = self._call
-        if call.norm == "group":
-            sample, channel = call.stats_axes
-            groups = tuple(n // call.per_group for n in call.x.chunks[channel])
-            stats = [array.rechunk((call.x.chunks[sample], groups)) for array in self._stats]
-        else:
-            stats = call.spread(self._stats)
-        inputs = [(self._dy, call.all), *((array, call.stats_axes) for array in stats), self._weight, self._mask]
-        own = {"norm": call.norm, "options": call.options, "per_group": call.per_group, "fixed": fixed}
-        bundle = self._bundle(_of_whole_groups, call.x, *inputs, **own)
-        return self._dx(bundle), *(self._over_chunks(bundle, i, call.weight_axes) for i in (1, 2))
+        task = call.whole_groups if call.local else call.channels
+        stats = [(array, call.stats_axes) for array in call.spread(self._stats, task)]
+        inputs = [(self._dy, call.all), *stats, self._weight, (call.mask, call.all)]
+        own = {"task": task, "axes": call.weight_axes, "result": call.form.result, "fixed": fixed}
+        bundle = call.blocks(_of_whole_groups, call.x, *inputs, dtype=object, **own)
+        return self._dx(bundle), *(self._over_chunks(bundle, i, call.weight_axes) for i in self._parameters)
 
     def across_chunks(self) -> tuple[Any, ...]:
-        """Return dx, dweight and dbias from sums over all chunks of a group."""
+        """Return all gradients from sums over all chunks of a group."""
         call = self._call
-        _in_host_memory(call.x._meta)
-        stats = [(array, call.stats_axes) for array in call.spread(self._stats)]
-        along = call.weight_axes if call.by_row else None
-        weight = self._weight if call.by_row else (None, None)
-        own = {"axes": call.stats_axes, "channel_axis": call.options[0], "along": along}
-        sums = self._bundle(_sums, call.x, (self._dy, call.all), *stats, weight, **own)
-        over = call.over if call.by_row else ()
-        of_groups = [self._over_chunks(sums, i, call.stats_axes, over) for i in (0, 1)]  # of channels, for group norm
-        means = call.spread(tuple(self._mean(part) for part in of_groups))
+        task, record = call.channels, call.record
+        along = record.weights_within_groups and not record.grouped
+        stats = [(array, call.stats_axes) for array in call.spread(self._stats, task)]
+        inputs = [(self._dy, call.all), *stats, self._weight if along else (None, None)]
+        own: dict[str, Any] = {"task": task, "axes": call.stats_axes, "over": call.over}
+        bundle = call.blocks(_sums, call.x, *inputs, dtype=object, **own)
+        sums = [self._over_chunks(bundle, i, call.stats_axes, call.over) for i in range(3 if self._clamps else 2)]
+        means = call.spread(self._means(sums), task)
         x, dy, mask = after(means, call.x, self._dy, call.mask)
-        inputs = [(dy, call.all), *stats, *((array, call.stats_axes) for array in means), self._weight]
-        own = {"norm": call.norm, "channel_axis": call.options[0], "along": along}
-        bundle = self._bundle(_from_means, x, *inputs, (mask, call.all), **own)
-        if call.by_row:
-            return self._dx(bundle), *(self._over_chunks(bundle, i, call.weight_axes) for i in (1, 2))
-        sample = tuple(range(of_groups[0].ndim - 1))  # the channels are last
-        return self._dx(bundle), *(part.sum(axis=sample) if sample else part for part in of_groups[::-1])
+        means = [(array, call.stats_axes) for array in means]
+        inputs = [(dy, call.all), *stats, *means, self._weight, (mask, call.all)]
+        own = {"task": task, "axes": call.weight_axes if along else None, "result": call.form.result}
+        bundle = call.blocks(_from_means, x, *inputs, dtype=object, **own)
+        if along:
+            return self._dx(bundle), *(self._over_chunks(bundle, i, call.weight_axes) for i in self._parameters)
+        others = tuple(i for i, a in enumerate(call.stats_axes) if a not in call.weight_axes)
+        return self._dx(bundle), *(sums[2 - i].sum(axis=others) if others else sums[2 - i] for i in self._parameters)
 
-    def _mean(self, sums: Any) -> Any:
-        """Divide sums, in the shape of statistics (for group norm, of channels), by the elements that count."""
+    @property
+    def _clamps(self) -> bool:
+        return self._call.record.scale == L2
+
+    def _means(self, sums: list[Any]) -> tuple[Any, ...]:
+        """Divide sums, in the shape of statistics (of channels, for groups of these), by the elements that count."""
         call = self._call
         count: Any = call.layout.count
-        if call.mask is not None:
-            count = _in_order(call.mask.sum(axis=call.over, keepdims=True), call.over, call.stats_axes)
-            if call.norm == "group":
-                count = self._of_groups(count)
-        if call.norm == "group":
-            sums = self._of_groups(sums if call.weight is None else sums * call.weight.astype(np.float64))
-        return da.where(count > 0, sums / da.maximum(count, 1), 0.0)
-
-    def _of_groups(self, sums: Any) -> Any:
-        groups = self._call.layout.stats_shape[1]
-        sums = sums.rechunk({1: -1})
-        chunks = (sums.chunks[0], (groups,))
-        return sums.map_blocks(_add_channels, groups, dtype=np.float64, chunks=chunks, meta=np.empty((0, 0)))
-
-    def _bundle(self, function: Any, x: Any, *inputs: tuple[Any, Any], **options: Any) -> Any:
-        """Return an array whose chunks are tuples of arrays."""
-        flat = [item for array, axes in inputs for item in (array, None if array is None else axes)]
-        meta = np.empty((0,) * x.ndim, object)
-        along = self._call.all
-        return da.blockwise(function, along, x, along, *flat, dtype=object, meta=meta, align_arrays=False, **options)
+        if self._clamps:
+            count = da.map_blocks(_unclamped, call.of_groups(sums.pop(), np.sum), self._stats.rstd, dtype=np.float64)
+        elif call.mask is not None:
+            counted = call.mask.sum(axis=call.over, keepdims=True) if call.over else call.mask.astype(np.int64)
+            count = call.of_groups(in_order(counted, call.over, call.stats_axes), np.sum)
+        if call.record.grouped and call.weight is not None:
+            lengths = [-1 if a in call.weight_axes else 1 for a in call.stats_axes]
+            sums = [part * call.weight.astype(np.float64).reshape(lengths) for part in sums]
+        groups = [call.of_groups(part, np.sum) for part in sums]
+        return tuple(da.where(count > 0, part / da.maximum(count, 1), 0.0) for part in groups)
 
     def _dx(self, bundle: Any) -> Any:
         x, dtype = self._call.x, self._call.form.result
@@ -152,97 +141,65 @@ class _Backward:
         )
         item = bundle.map_blocks(_item, index, dtype=np.float64, chunks=chunks, meta=np.empty((0,) * len(chunks)))
         others = tuple(a for a in call.all if a not in keeps)
-        return _in_order(item.sum(axis=others, keepdims=True), others, axes) if others else _in_order(item, (), axes)
-
-
-def _in_order(array: Any, lost: tuple[int, ...], axes: tuple[int, ...]) -> Any:
-    """Return an array of all dimensions without those of its axes that are not among `axes`, these in their order."""
-    gone = tuple(a for a in lost if a not in axes)
-    kept = [a for a in range(array.ndim) if a not in gone]
-    array = array.squeeze(axis=gone) if gone else array
-    order = [kept.index(a) for a in axes]
-    return array if order == sorted(order) else array.transpose(order)
+        return in_order(item.sum(axis=others, keepdims=True) if others else item, others, axes)
 
 
 def _item(bundle: Any, index: int) -> Any:
     return bundle[index]
 
 
-def _add_channels(sums: np.ndarray, groups: int) -> np.ndarray:
-    n, channels = sums.shape
-    return np.asarray(sums.reshape(n, groups, channels // groups).sum(2, dtype=np.float64))
+def _unclamped(squares: np.ndarray, rstd: np.ndarray) -> np.ndarray:
+    """Return 1 for groups whose factor is 1 by their norm, from the squares of these, and 0 for a constant factor."""
+    with np.errstate(all="ignore"):
+        return np.where(np.sqrt(squares) * rstd < 1.0 - CLAMPED, 0.0, 1.0)
 
 
-def _spread(values: Any, axes: tuple[int, ...], ndim: int) -> Any:
+def _spread(values: Any, axes: tuple[int, ...], ndim: int) -> np.ndarray:
     """Return values along `axes`, in their order, as float64 of `ndim` dimensions."""
-    ordered = values.transpose(np.argsort(axes)) if len(axes) > 1 else values
+    ordered = to_host(values)
+    ordered = ordered.transpose(np.argsort(axes)) if len(axes) > 1 else ordered
     lengths = iter(ordered.shape)
     return ordered.reshape([next(lengths) if a in axes else 1 for a in range(ndim)]).astype(np.float64)
 
 
-def _zeros(shape: tuple[int, ...], axes: tuple[int, ...]) -> np.ndarray:
+def _nothing(shape: tuple[int, ...], axes: tuple[int, ...]) -> np.ndarray:
     return np.zeros([n if a in axes else 1 for a, n in enumerate(shape)])
 
 
 def _of_whole_groups(
-    x: Any, dy: Any, *inputs: Any, norm: str, options: Options, per_group: int, fixed: bool
+    x: Any, dy: Any, *inputs: Any, task: Task, axes: tuple[int, ...], result: Any, fixed: bool
 ) -> tuple[Any, ...]:
-    """Return dx, dweight and dbias of a chunk of whole groups."""
-    mean, rstd, weight, mask = inputs
-    calls = calls_for(x)
-    source, form = calls.as_input(x, "x")
-    channel, groups, axis = options
-    axes = (channel,) if axis is None else axis
-    if prod(source.shape) == 0:
-        dx = cuda_module("pieces").empty(source, form) if on_device(x) else np.zeros(source.shape, form.result)
-        return dx, *(_zeros(source.shape, axes) for _ in range(2))
-    if groups is not None:
-        options = (channel, source.shape[channel] // per_group, axis)
-    inputs = beside(x, mean, rstd, weight, mask)
+    """Return all gradients of a chunk of whole groups."""
+    if 0 in x.shape:
+        return empty(x, result), *(_nothing(x.shape, axes) for _ in task.record.parameters)
+    dy, mean, rstd, weight, mask = beside(x, dy, *inputs)
     with serial():
-        dx, *sums = calls.run_backward(norm, options, dy, x, source, form, *inputs, fixed=fixed)
-    parts = [_spread(to_host(part), axes, len(source.shape)) for part in sums]
-    return dx, parts[0], parts[-1]  # RMS norm has no dbias; nobody asks for it
-
-
-def _in_host_memory(chunk: Any) -> None:
-    """Refuse chunks of groups that lie in several, where they are CUDA arrays: only the CPU has kernels for their sums.
-
-    Dask may know of it before it has a chunk, or not.
-    """
-    if on_device(chunk):
-        raise TypeError(
-            "x: expected chunks in host memory where groups lie in several chunks, got CUDA arrays; rechunk x and dy so"
-            " that every group lies within a chunk"
-        )
+        first, second = task.given(x.shape)
+        dx, *sums = host.backward(task.norm, first, second, dy, x, mean, rstd, weight, mask, fixed, None)
+    return dx, *(_spread(part, axes, len(x.shape)) for part in sums)
 
 
 def _sums(
-    x: Any, dy: Any, *inputs: Any, axes: tuple[int, ...], channel_axis: int, along: tuple[int, ...] | None
-) -> tuple[Any, Any]:
-    """Return the two sums of a chunk, with 1 for the axes that they are taken over."""
-    mean, rstd, weight = inputs
-    _in_host_memory(x)
+    x: Any, dy: Any, *inputs: Any, task: Task, axes: tuple[int, ...], over: tuple[int, ...]
+) -> tuple[np.ndarray, ...]:
+    """Return the two sums of a chunk, and that of squares where it is asked for, with 1 for the axes `over`."""
+    if 0 in x.shape:
+        return (_nothing(x.shape, tuple(a for a in axes if a not in over)),) * 3
+    (dy,) = beside(x, dy)
     with serial():
-        if along is not None:
-            first, second = pieces.row_sums(dy, x, mean, rstd, weight, axis=along)
-            return first, second
-        first, second = pieces.channel_sums(dy, x, mean, rstd, channel_axis=channel_axis)
-    return _spread(first, axes, x.ndim), _spread(second, axes, x.ndim)
+        sums = partials.sums(task.norm, task.options(x.shape), dy, x, *inputs)
+    spread = [_spread(part, axes, len(x.shape)) for part in sums]
+    if task.record.scale != L2:
+        return tuple(spread)
+    parts = block_parts(x, None, axes=over)
+    return *spread, parts["m2"] + parts["count"] * parts["mean"] ** 2
 
 
-def _from_means(
-    x: Any, dy: Any, *inputs: Any, norm: str, channel_axis: int, along: tuple[int, ...] | None
-) -> tuple[Any, ...]:
-    """Return dx, and for layer and RMS norm dweight and dbias, of a chunk from the means of its groups."""
-    mean, rstd, mean_g, mean_gh, weight, mask = inputs
+def _from_means(x: Any, dy: Any, *inputs: Any, task: Task, axes: Any, result: Any) -> tuple[Any, ...]:
+    """Return dx of a chunk from the means of its groups, and the gradients of weights along the groups' `axes`."""
+    if 0 in x.shape:
+        return empty(x, result), *(_nothing(x.shape, axes or ()) for _ in task.record.parameters)
+    (dy,) = beside(x, dy)
     with serial():
-        if along is not None:
-            dx, *sums = pieces.row_gradient(dy, x, mean, rstd, mean_g, mean_gh, weight, axis=along, mask=mask)
-            return dx, *(_spread(part, along, x.ndim) if part.size else _zeros(x.shape, along) for part in sums)
-        if norm == "group" and weight is not None:
-            dy = dy * weight.reshape([-1 if a == channel_axis else 1 for a in range(x.ndim)])
-            weight = None
-        return (
-            pieces.channel_gradient(dy, x, mean, rstd, mean_g, mean_gh, weight, channel_axis=channel_axis, mask=mask),
-        )
+        dx, *sums = partials.gradient(task.norm, task.options(x.shape), dy, x, *inputs)
+    return (dx,) if axes is None else (dx, *(_spread(part, axes, len(x.shape)) for part in sums))

@@ -1,4 +1,4 @@
-"""Dask arrays cut into chunks as a norm asks for: what the functions on dask arrays share, and what runs on a chunk."""
+"""Dask arrays cut into chunks as a norm asks for: what calls on dask arrays share, and what runs on a chunk."""
 
 from __future__ import annotations
 
@@ -11,50 +11,91 @@ from dask.array.utils import meta_from_array
 from dask.base import tokenize
 from dask.graph_manipulation import bind
 
-from ..calls import arrays
-from ..calls.dispatch import calls_for, cuda_module, uses_cuda
-from ..core.dtypes import Format, format_of, is_float
+from ..calls import check
+from ..calls.arrays import as_array
+from ..calls.dispatch import Request, handler_of
+from ..calls.host import serve
+from ..core.dtypes import Format, native
 from ..core.layout import Layout
+from ..core.norms import CHANNEL, GROUP, NormRecord, record_of, register_norm
 from ..core.plan import Options
+from ..core.spec import contiguous
 from ..core.threads import serial
-from ..stats import partials as pieces
-from ..stats.moments import _precise, _two_sum
+from ..layers.base import Kept
+from ..stats import partials
+from ..stats.moments import parts_of, two_sum
 
 PARTS = np.dtype([(name, np.float64) for name in ("count", "mean", "m2", "low")])
 """What is known of the elements that share a mean, within a chunk or merged; their mean is `mean` + `low`."""
 
 
-def as_input(value: Any, name: str) -> tuple[Any, Format]:
-    """Return `value` as a dask array, and what is to be known of its dtype.
+def as_dask(value: Any, name: str) -> Any:
+    """Return `value` as a dask array.
 
     Raises
     ------
     TypeError
-        If its dtype is none that the kernels compute on.
+        If it is nothing that NumPy can convert.
     ValueError
         If its chunk sizes are unknown.
     """
-    array = _as_dask(value, name)
+    array = value if isinstance(value, da.Array) else da.from_array(as_array(value, name))
     if any(np.isnan(n) for n in array.shape):
         raise ValueError(
             f"{name}: expected known chunk sizes, got shape {array.shape}; call .compute_chunk_sizes() first"
         )
-    form = format_of(array.dtype.newbyteorder("="))
-    if form is None:
-        arrays.as_input(np.empty(0, array.dtype), name)  # raises what an array in memory would
-        raise TypeError(f"{name}: got {array.dtype}")
-    return array, form
+    return array
 
 
-def _as_dask(value: Any, name: str) -> Any:
-    return value if isinstance(value, da.Array) else da.from_array(arrays.as_array(value, name))
+def form_of(x: Any) -> Format:
+    """Return what is to be known of the dtype of an input."""
+    return check.check_format(native(x.dtype), "x")
 
 
-class Statistics(NamedTuple):
-    """Dask arrays in the shapes in which users get statistics; no mean for RMS norm."""
+def spec(array: Any) -> Any:
+    """Return how a dask array would lie in memory, for the checks of calls; None for None."""
+    return None if array is None else contiguous(array.shape, native(array.dtype))
 
-    mean: Any
-    rstd: Any
+
+def spread_mask(mask: Any, x: Any) -> Any:
+    """Return a mask broadcast to the shape of `x`, chunked as `x` is."""
+    lead = x.ndim - mask.ndim
+    chunks = tuple(c if n > 1 else (n,) for n, c in zip(mask.shape, x.chunks[lead:], strict=True))
+    return da.broadcast_to(mask.rechunk(chunks), x.shape, chunks=x.chunks)
+
+
+class Task(NamedTuple):
+    """What a task is told of the norm: all of it, as another process may never have heard of a registered one.
+
+    Attributes
+    ----------
+    record : NormRecord
+        The norm.
+    channel_axis, axis
+        As `numbanorm.core.plan.Options` has them.
+    per_group : int
+        Channels of a group; 1 where chunks cut groups, and channels have statistics of their own.
+    """
+
+    record: NormRecord
+    channel_axis: int
+    axis: tuple[int, ...] | None
+    per_group: int
+
+    @property
+    def norm(self) -> str:
+        """The norm's name, which is in the table from now on."""
+        return register_norm(self.record).kind
+
+    def options(self, shape: tuple[int, ...]) -> Options:
+        """Return the norm's options for a chunk."""
+        groups = shape[self.channel_axis] // self.per_group if self.record.grouped else None
+        return self.channel_axis, groups, self.axis
+
+    def given(self, shape: tuple[int, ...]) -> tuple[Any, Any]:
+        """Return the same as `Request` has them."""
+        channel_axis, groups, axis = self.options(shape)
+        return (channel_axis, groups) if axis is None else (tuple(shape[a] for a in axis), axis)
 
 
 class Call:
@@ -63,158 +104,106 @@ class Call:
     Parameters
     ----------
     norm, options
-        As `numbanorm.plan.plan` takes them.
+        As `numbanorm.core.plan.plan` takes them.
     x, form : dask.array.Array, Format
         The input.
-    weight, bias, mask, out : array_like, optional
+    weight, bias, mask : dask.array.Array or None
         As the functions take them.
 
     Attributes
     ----------
     all, stats_axes, weight_axes, over : tuple of int
         All axes of `x`, those of a statistic, those of a weight, and those that moments of a chunk are taken over.
-    by_row : bool
-        Whether statistics keep all axes (layer and RMS norm), rather than those of samples and channels.
-    per_group : int
-        Channels of a group of group norm.
+    whole_groups, channels : Task
+        For chunks of whole groups, and for those that cut groups, of channels if there are groups of these.
     """
 
     def __init__(
-        self, norm: str, options: Options, x: Any, form: Format, weight: Any, bias: Any, mask: Any, out: Any = None
+        self, norm: str, options: Options, x: Any, form: Format, weight: Any, bias: Any = None, mask: Any = None
     ) -> None:
-        if out is not None:
-            raise TypeError(f"out: expected None, the result for a dask array is a new one; got {type(out).__name__}")
+        record = record_of(norm)
         channel_axis, groups, axis = options
-        self.norm, self.x, self.form = norm, x, form
+        if record.grouped and record.reduced & {GROUP, CHANNEL} != {CHANNEL}:
+            raise TypeError(f"x: expected an array in memory for {record.title}, whose means are not those of groups")
+        self.record, self.x, self.form = record, x, form
         self.layout = Layout.of(norm, x.shape, channel_axis=channel_axis, num_groups=groups, axis=axis)
-        self.mask = as_mask(mask, x)
         self.all = tuple(range(x.ndim))
-        self.by_row = axis is not None
-        if axis is None:
-            channel = channel_axis % x.ndim
-            sample = 1 if channel == 0 else 0
-            self.stats_axes: tuple[int, ...] = (channel,) if norm == "batch" else (sample, channel)
-            self.weight_axes: tuple[int, ...] = (channel,)
-            self.over = tuple(a for a in self.all if a not in self.stats_axes)  # moments are taken of channels
-            self.options: Options = (channel, groups, None)
-        else:
-            self.weight_axes = tuple(a % x.ndim for a in axis)
-            self.stats_axes = self.all
-            self.over = tuple(sorted(self.weight_axes))
-            self.options = (1, None, self.weight_axes)
-        self.per_group = max(self.layout.size // groups, 1) if groups else 1
-        self.weight = self._parameter(weight, "weight")
-        self.bias = self._parameter(bias, "bias")
+        maps = partials.Maps(norm, options, x.ndim)
+        self.over, self.stats_axes, self.weight_axes = maps.over, maps.stats_axes, maps.weight_axes
+        self.channels = Task(record, maps.channel, axis, 1)
+        per_group = max(x.shape[maps.channel] // groups, 1) if groups else 1
+        self.whole_groups = self.channels._replace(per_group=per_group)
+        chunks = tuple(x.chunks[a] for a in self.weight_axes)
+        self.weight, self.bias = (None if array is None else array.rechunk(chunks) for array in (weight, bias))
+        self.mask = None if mask is None else spread_mask(mask, x)
 
     @property
     def local(self) -> bool:
         """Whether every group lies within a chunk, or there are no elements."""
         if self.x.size == 0:
             return True
-        if self.norm == "group" and any(n % self.per_group for n in self.x.chunks[self.options[0]]):
+        channel, per_group = self.channels.channel_axis, self.whole_groups.per_group
+        if self.record.grouped and any(n % per_group for n in self.x.chunks[channel]):
             return False
         return all(self.x.numblocks[a] == 1 for a in self.over)
 
     def whole(self, eps: float) -> Any:
         """Normalize chunk by chunk, each with its own statistics."""
-        own = {"norm": self.norm, "options": self.options, "per_group": self.per_group, "eps": eps}
         inputs = ((self.weight, self.weight_axes), (self.bias, self.weight_axes), (self.mask, self.all))
-        return self.blocks(_whole, self.x, *inputs, **own)
+        own = {"task": self.whole_groups, "eps": eps, "result": self.form.result}
+        return self.blocks(_whole, self.x, *inputs, dtype=self.form.result, **own)
 
     def parts(self) -> Any:
         """Return count, mean and M2 of every group, in the shape in which users get statistics."""
-        parts = merged(self.x, self.over, self.mask, keepdims=self.by_row)
-        if self.stats_axes == (1, 0):
-            parts = parts.T
-        if self.norm != "group":
-            return parts
-        groups = self.layout.stats_shape[1]
-        parts = parts.rechunk({1: -1})
-        return parts.map_blocks(
-            _merge_channels, groups, dtype=PARTS, chunks=(parts.chunks[0], (groups,)), meta=np.empty((0, 0), PARTS)
-        )
+        return self.of_groups(in_order(merged(self.x, self.over, self.mask), self.over, self.stats_axes), merge)
 
-    def statistics(self, parts: Any, eps: float) -> Statistics:
+    def of_groups(self, array: Any, function: Callable[..., Any]) -> Any:
+        """Return what a function of arrays and an axis makes of what is known of channels, for groups of these."""
+        if not self.record.grouped:
+            return array
+        at = self.stats_axes.index(self.channels.channel_axis)
+        groups = self.layout.stats_shape[at]
+        array = array.rechunk({at: -1})
+        chunks = (*array.chunks[:at], (groups,), *array.chunks[at + 1 :])
+        own = {"dtype": array.dtype, "chunks": chunks, "meta": np.empty((0,) * array.ndim, array.dtype)}
+        return array.map_blocks(_of_groups, function, at, groups, **own)
+
+    def statistics(self, parts: Any, eps: float) -> Kept:
         """Return mean and rstd of merged parts."""
-        centred = self.layout.centred
-        meta = np.empty((0,) * parts.ndim)
-        mean = parts.map_blocks(_mean, dtype=np.float64, meta=meta) if centred else None
-        return Statistics(mean, parts.map_blocks(_rstd, eps, centred, dtype=np.float64, meta=meta))
+        own = {"dtype": np.float64, "meta": np.empty((0,) * parts.ndim)}
+        mean = parts.map_blocks(_mean, **own) if self.record.centred else None
+        return Kept(mean, parts.map_blocks(_rstd, self.record, eps, **own))
 
-    def apply(self, stats: Statistics, *, bound: bool) -> Any:
+    def apply(self, stats: Kept, *, bound: bool) -> Any:
         """Normalize with given statistics; `bound`: read the chunks anew once all else is there."""
-        inputs = [(s, self.stats_axes) for s in self.spread(stats)]
+        inputs = [(array, self.stats_axes) for array in self.spread(stats, self.channels)]
         inputs += [(self.weight, self.weight_axes), (self.bias, self.weight_axes)]
         x = after([array for array, _ in inputs], self.x)[0] if bound else self.x
-        return self.blocks(_apply, x, *inputs, norm=self._applied, options=self.options)
+        result = self.form.result
+        return self.blocks(_apply, x, *inputs, dtype=result, task=self.channels, result=result)
 
-    @property
-    def _applied(self) -> str:
-        return "instance" if self.norm == "group" else self.norm
-
-    def spread(self, statistics: tuple[Any, ...]) -> list[Any]:
-        """Return statistics chunked as `x` is; those of groups, once for each channel."""
+    def spread(self, statistics: tuple[Any, ...], task: Task) -> list[Any]:
+        """Return statistics chunked as `x` is; those of groups, once for each channel where tasks take channels."""
+        chunks = dict(enumerate(self.x.chunks))
         spread = []
         for array in statistics:
+            if array is not None and self.record.grouped:
+                channel, per_group = task.channel_axis, self.whole_groups.per_group
+                at = self.stats_axes.index(channel)
+                chunks[channel] = tuple(n // task.per_group for n in self.x.chunks[channel])
+                array = da.repeat(array, per_group, axis=at) if task.per_group < per_group else array
             if array is not None:
-                if self.norm == "group":
-                    array = da.repeat(array, self.per_group, axis=1)
-                lengths = [
-                    self.x.chunks[a] if n > 1 else (n,) for a, n in zip(self.stats_axes, array.shape, strict=True)
-                ]
-                array = array.rechunk(tuple(lengths))
+                lengths = zip(self.stats_axes, array.shape, strict=True)
+                array = array.rechunk(tuple(chunks[a] if n > 1 else (n,) for a, n in lengths))
             spread.append(array)
         return spread
 
-    def blocks(self, function: Callable[..., Any], x: Any, *inputs: tuple[Any, Any], **options: Any) -> Any:
+    def blocks(self, function: Callable[..., Any], x: Any, *inputs: tuple[Any, Any], dtype: Any, **options: Any) -> Any:
         """Apply a function to every chunk of `x` and what belongs to it of other arrays, given with their axes."""
-        flat: list[Any] = []
-        for array, axes in inputs:
-            flat += [array, None if array is None else axes]
-        dtype = self.form.result
-        meta = meta_from_array(x._meta, x.ndim, dtype=dtype)
-        return da.blockwise(
-            function, self.all, x, self.all, *flat, dtype=dtype, meta=meta, align_arrays=False, **options
-        )
-
-    def _parameter(self, value: Any, name: str) -> Any:
-        """Return a weight or bias, chunked as `x` is along its axes."""
-        if value is None:
-            return None
-        shape = self.layout.affine_shape
-        chunks = tuple(self.x.chunks[a] for a in self.weight_axes)
-        if not isinstance(value, da.Array):
-            return da.from_array(arrays.as_parameter(value, name, shape, self.form.lane), chunks=chunks)
-        if value.shape != shape:
-            raise ValueError(f"{name}: expected shape {shape}, got {value.shape}")
-        if not is_float(value.dtype.newbyteorder("=")):
-            raise TypeError(f"{name}: expected a float dtype, got {value.dtype}")
-        return value.rechunk(chunks)
-
-
-def with_residual(x: Any, residual: Any, form: Format) -> Any:
-    """Return the sum of `x` and a residual, chunked as `x` is."""
-    added, _ = as_input(residual, "residual")
-    if added.shape != x.shape:
-        raise ValueError(f"residual: expected the shape of x, {x.shape}, got {added.shape}")
-    if added.dtype != x.dtype:
-        raise TypeError(f"residual: expected the dtype of x, {x.dtype}, got {added.dtype}")
-    return x.astype(form.result) + added.rechunk(x.chunks).astype(form.result)
-
-
-def as_mask(value: Any, x: Any) -> Any:
-    """Return a mask broadcast to the shape of `x`, chunked as `x` is."""
-    if value is None:
-        return None
-    mask = _as_dask(value, "mask")
-    if mask.dtype != np.bool_:
-        raise TypeError(f"mask: expected dtype bool (True = counts), got {mask.dtype}")
-    lead = x.ndim - mask.ndim
-    fits = lead >= 0 and all(n in (1, m) for n, m in zip(mask.shape, x.shape[max(lead, 0) :], strict=True))
-    if not fits:
-        raise ValueError(f"mask: expected a shape that broadcasts to {x.shape}, got {mask.shape}")
-    chunks = tuple(c if n > 1 else (n,) for n, c in zip(mask.shape, x.chunks[lead:], strict=True))
-    return da.broadcast_to(mask.rechunk(chunks), x.shape, chunks=x.chunks)
+        flat = [item for array, axes in inputs for item in (array, None if array is None else axes)]
+        meta = np.empty((0,) * x.ndim, object) if dtype is object else meta_from_array(x._meta, x.ndim, dtype=dtype)
+        own = {"dtype": dtype, "meta": meta, "align_arrays": False}
+        return da.blockwise(function, self.all, x, self.all, *flat, **own, **options)
 
 
 def after(parents: list[Any], *again: Any) -> tuple[Any, ...]:
@@ -223,52 +212,53 @@ def after(parents: list[Any], *again: Any) -> tuple[Any, ...]:
     return tuple(bind(list(again), needed, seed=tokenize(again, needed)))
 
 
-def merged(x: Any, axes: tuple[int, ...], mask: Any, *, keepdims: bool) -> Any:
-    """Return the parts of `x` along some axes: those of every chunk, merged by a tree."""
+def in_order(array: Any, lost: tuple[int, ...], axes: tuple[int, ...]) -> Any:
+    """Return an array of all dimensions without those of its axes that are not among `axes`, these in their order."""
+    gone = tuple(a for a in lost if a not in axes)
+    kept = [a for a in range(array.ndim) if a not in gone]
+    array = array.squeeze(axis=gone) if gone else array
+    order = [kept.index(a) for a in axes]
+    return array if order == sorted(order) else array.transpose(order)
+
+
+def merged(x: Any, axes: tuple[int, ...], mask: Any) -> Any:
+    """Return the parts of `x` along some axes, with 1 for these: those of every chunk, merged by a tree."""
     indices = tuple(range(x.ndim))
-    mask_pair = (None, None) if mask is None else (mask, indices)
+    own = {"dtype": PARTS, "meta": np.empty((0,) * x.ndim, PARTS)}
     parts = da.blockwise(
-        _block_parts,
+        block_parts,
         indices,
         x,
         indices,
-        *mask_pair,
+        *((None, None) if mask is None else (mask, indices)),
         axes=axes,
         adjust_chunks=dict.fromkeys(axes, 1),
-        dtype=PARTS,
-        meta=np.empty((0,) * x.ndim, PARTS),
         align_arrays=False,
+        **own,
     )
-    if not axes:
-        return parts
-    return da.reduction(
-        parts,
-        _merge,
-        _merge,
-        axis=axes,
-        keepdims=keepdims,
-        dtype=PARTS,
-        meta=np.empty((0,) * (x.ndim if keepdims else x.ndim - len(axes)), PARTS),
-    )
-
-
-def on_device(block: Any) -> bool:
-    """Tell whether a chunk is a CUDA array."""
-    return type(block) is not np.ndarray and uses_cuda(block)
+    return da.reduction(parts, merge, merge, axis=axes, keepdims=True, **own) if axes else parts
 
 
 def beside(block: Any, *inputs: Any) -> tuple[Any, ...]:
     """Return inputs of a chunk's call where the chunk lies: if that is a device, copies of those in host memory."""
-    return tuple(cuda_module("pieces").beside(array, block) for array in inputs) if on_device(block) else inputs
+    handler = handler_of(block)
+    return inputs if handler is None else tuple(handler.beside(array, block) for array in inputs)
 
 
 def to_host(array: Any) -> np.ndarray:
     """Return an array in host memory: a copy of one on a device."""
-    found: np.ndarray = cuda_module("transfer").to_host(array) if on_device(array) else arrays.as_array(array, "x")
+    handler = handler_of(array)
+    found: np.ndarray = as_array(array, "x") if handler is None else handler.placed(array, "cpu")
     return found
 
 
-def _block_parts(block: Any, mask: Any, *, axes: tuple[int, ...]) -> np.ndarray:
+def empty(block: Any, dtype: Any) -> Any:
+    """Return the result for a chunk without elements."""
+    handler = handler_of(block)
+    return np.empty(block.shape, dtype) if handler is None else handler.empty(block)
+
+
+def block_parts(block: Any, mask: Any, *, axes: tuple[int, ...]) -> np.ndarray:
     """Return the parts of one chunk, with 1 for the axes."""
     kept = tuple(1 if a in axes else n for a, n in enumerate(block.shape))
     parts = np.zeros(kept, PARTS)
@@ -277,13 +267,13 @@ def _block_parts(block: Any, mask: Any, *, axes: tuple[int, ...]) -> np.ndarray:
         parts["mean"] = np.where(parts["count"] > 0, to_host(block), 0)
     elif 0 not in block.shape:
         with serial():
-            found = _precise(block, axes, *beside(block, mask))
+            found = parts_of(block, axes, *beside(block, mask))
         for name, values in zip(PARTS.names or (), found, strict=True):
             parts[name] = values if values.ndim == 0 else values.reshape(kept)
     return parts
 
 
-def _merge(parts: np.ndarray, axis: Any, keepdims: bool) -> np.ndarray:
+def merge(parts: np.ndarray, axis: Any, keepdims: bool) -> np.ndarray:
     """Merge parts along axes by Chan's formula, around the mean of the part that counts most."""
     axes = axis if isinstance(axis, tuple) else (axis,)
     kept = [n for a, n in enumerate(parts.shape) if a not in axes]
@@ -297,49 +287,43 @@ def _merge(parts: np.ndarray, axis: Any, keepdims: bool) -> np.ndarray:
             delta = np.where(count > 0, (rows["mean"] - pivot["mean"]) + (rows["low"] - pivot["low"]), 0)
             shift = (share * delta).sum(-1)
             merged["count"] = total
-            merged["mean"], low = _two_sum(pivot["mean"][..., 0], pivot["low"][..., 0] + shift)
+            merged["mean"], low = two_sum(pivot["mean"][..., 0], pivot["low"][..., 0] + shift)
             merged["low"] = np.where(np.isfinite(low), low, 0)
             merged["m2"] = (rows["m2"] + count * (delta - shift[..., None]) ** 2).sum(-1)
     return np.expand_dims(merged, axes) if keepdims else merged
 
 
-def _merge_channels(parts: np.ndarray, groups: int) -> np.ndarray:
-    """Merge the parts of channels, shape (N, C), into those of groups."""
-    n, channels = parts.shape
-    return _merge(parts.reshape(n, groups, channels // groups if groups else 0), 2, False)
+def _of_groups(array: np.ndarray, function: Callable[..., Any], at: int, groups: int) -> np.ndarray:
+    """Cut an axis of channels into groups, and have a function take each as one."""
+    channels = array.shape[at] // groups if groups else 0
+    split = array.reshape(*array.shape[:at], groups, channels, *array.shape[at + 1 :])
+    return np.asarray(function(split, axis=at + 1, keepdims=False))
 
 
 def _mean(parts: np.ndarray) -> np.ndarray:
     return np.array(parts["mean"])
 
 
-def _rstd(parts: np.ndarray, eps: float, centred: bool) -> np.ndarray:
+def _rstd(parts: np.ndarray, record: NormRecord, eps: float) -> np.ndarray:
     with np.errstate(all="ignore"):
         square = parts["m2"] / np.maximum(parts["count"], 1)
-        if not centred:
+        if not record.centred:
             square = square + parts["mean"] ** 2
-        return np.asarray(1.0 / np.sqrt(square + eps))
+    return np.asarray(record.rstd(square, parts["count"], eps))
 
 
-def _whole(
-    block: Any, weight: Any, bias: Any, mask: Any, *, norm: str, options: Options, per_group: int, eps: float
-) -> Any:
+def _whole(block: Any, weight: Any, bias: Any, mask: Any, *, task: Task, eps: float, result: Any) -> Any:
     """Normalize a chunk of whole groups."""
-    calls = calls_for(block)
-    source, form = calls.as_input(block, "x")
-    if source.size == 0:
-        return cuda_module("pieces").empty(source, form) if on_device(block) else np.empty(source.shape, form.result)
-    channel_axis, groups, axis = options
-    if groups is not None:
-        options = (channel_axis, source.shape[channel_axis] // per_group, axis)
+    if 0 in block.shape:
+        return empty(block, result)
     weight, bias, mask = beside(block, weight, bias, mask)
     with serial():
-        return calls.run(norm, options, block, source, form, weight, bias, eps, mask=mask)
+        return serve(Request(task.norm, *task.given(block.shape), block, weight, bias, eps, mask)).y
 
 
-def _apply(block: Any, *inputs: Any, norm: str, options: Options) -> Any:
+def _apply(block: Any, *inputs: Any, task: Task, result: Any) -> Any:
     """Normalize a chunk with the statistics of its groups."""
-    mean, rstd, weight, bias = inputs
-    normalize = cuda_module("pieces").normalize if on_device(block) else pieces.normalize
+    if 0 in block.shape:
+        return empty(block, result)
     with serial():
-        return normalize(norm, (options[0], None, options[2]), block, mean, rstd, weight, bias)
+        return partials.normalize(task.norm, task.options(block.shape), block, *inputs)

@@ -21,21 +21,25 @@ from typing import Any
 import numpy as np
 
 from ..calls import arrays
-from ..calls.check import check_eps, integer, integers, normalized_axes, positive
-from ..calls.host import Call
+from ..calls.check import check_eps, check_float, check_shape, integers, positive
+from ..calls.prepared import prepared_for
 from ..core.dtypes import Format, format_of
-from ..core.layout import Layout
-from ..core.plan import Options
+from ..core.norms import NormRecord, record_of
+from ..core.spec import spec_of
 from ..core.threads import serial
-from ..stats import partials as pieces
 from ..stats.moments import Moments
+from ..stats.partials import normalize
 from .atomic import check_target, replacing
-from .blocks import RUN, Axes, Region, regions, whole
+from .blocks import RUN, Axes, Region, length, regions, whole
+from .maps import Maps
 from .stores import NpySink, Sink, Source, is_zarr, open_source
 
 __all__ = ["apply", "stats"]
 
 Progress = Callable[[int, int], None]
+
+_Given = tuple[np.ndarray, np.ndarray]
+"""Mean and variance of each channel, which a caller gives in place of the file's own."""
 
 BLOCK = 4 << 20
 """Bytes a block. Five are in use at once; more brings nothing, and cores' caches hold no more."""
@@ -71,17 +75,19 @@ def apply(
     target : str or path
         A name that ends in .npy or .zarr; may be the source. It appears, or is replaced, when all of it is on the disk.
     norm : str
-        ``"batch"``, ``"layer"``, ``"instance"``, ``"group"`` or ``"rms"``.
+        ``"batch"``, ``"layer"``, ``"instance"``, ``"group"``, ``"rms"``, ``"l2"``, or one that was registered.
     normalized_shape : int or tuple of int, optional
-        For layer and RMS norm: lengths of the normalized axes.
+        For layer, RMS and L2 norm: lengths of the normalized axes.
     num_groups : int, optional
         For group norm, which needs it.
     weight, bias : array_like, optional
-        gamma and beta, shape (C,), or that of the normalized axes.
+        gamma and beta, shape (C,), or that of the normalized axes; of a norm with one weight for all, shape ().
     eps : float, optional
-        Added to the variance; if None, 1e-5, and for RMS norm the machine epsilon of the result's dtype.
+        Added to the variance (L2 norm: the least divisor); if None, what is usual for the norm, 1e-5 for most; for RMS
+        norm it is the machine epsilon of the result's dtype.
     axis : int or tuple of int, optional
-        For layer and RMS norm: the normalized axes; the last ones if None, and the last one without `normalized_shape`.
+        For layer, RMS and L2 norm: the normalized axes; the last ones if None, and the last one without
+        `normalized_shape`.
     channel_axis : int, optional
         For batch, instance and group norm: axis of the channels.
     running_mean, running_var : array_like, shape (C,), optional
@@ -118,8 +124,10 @@ def apply(
     file = open_source(source)
     place = Path(target)
     as_zarr = is_zarr(place, file)
-    given = _given(norm, running_mean, running_var, moments)
-    work = _Work(file, norm, normalized_shape, num_groups, weight, bias, eps, axis, channel_axis, given)
+    record = record_of(norm)
+    given = _given(record, running_mean, running_var, moments)
+    maps = Maps.of(record, file.shape, normalized_shape, num_groups, axis, channel_axis)
+    work = _Work(file, maps, {"weight": weight, "bias": bias}, eps, given)
     check_target(place, folder=as_zarr)
     if as_zarr and place.exists() and any(place.iterdir()):
         open_source(place)  # nothing but a Zarr array is replaced
@@ -295,7 +303,7 @@ class _Tally:
         if len(self._parts) == 1:
             return next(iter(self._parts.values()))
         kept = [s for a, s in enumerate(tile) if a not in (self._reduced or ())]
-        mean, m2 = np.empty((2, *map(_length, kept)))
+        mean, m2 = np.empty((2, *map(length, kept)))
         count = np.array(0, np.int64)
         for key, part in self._parts.items():
             place = tuple(slice(start - t.start, stop - t.start) for (start, stop), t in zip(key, kept, strict=True))
@@ -304,8 +312,8 @@ class _Tally:
         return Moments(tuple(sorted(self._reduced or ())), count, mean, m2)
 
 
-def _given(norm: str, mean: Any, var: Any, moments: Moments | None) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return the statistics that the caller gave for batch norm: mean and variance."""
+def _given(record: NormRecord, mean: Any, var: Any, moments: Moments | None) -> _Given | None:
+    """Return the statistics that the caller gave."""
     if moments is not None:
         if not isinstance(moments, Moments):
             raise TypeError(f"moments: expected numbanorm.Moments, got {type(moments).__name__}")
@@ -314,8 +322,8 @@ def _given(norm: str, mean: Any, var: Any, moments: Moments | None) -> tuple[np.
         mean, var = moments.mean, moments.var()
     if mean is None and var is None:
         return None
-    if norm != "batch":
-        raise ValueError(f"running_mean, running_var, moments: expected None for {norm} norm")
+    if record.tracking != "usual":
+        raise ValueError(f"running_mean, running_var, moments: expected None for {record.kind} norm")
     if mean is None or var is None:
         raise ValueError("running_mean, running_var: expected both or neither, got one of them")
     return arrays.as_array(mean, "running_mean"), arrays.as_array(var, "running_var")
@@ -325,139 +333,104 @@ class _Work:
     """What `apply` does with a block: a norm with its parameters, checked against the shape and dtype of a file."""
 
     def __init__(
-        self,
-        file: Source,
-        norm: str,
-        normalized_shape: Any,
-        num_groups: int | None,
-        weight: Any,
-        bias: Any,
-        eps: float | None,
-        axis: Any,
-        channel_axis: int,
-        given: tuple[np.ndarray, np.ndarray] | None,
+        self, file: Source, maps: Maps, parameters: dict[str, Any], eps: float | None, given: _Given | None
     ) -> None:
-        shape = file.shape
+        record, layout, shape = maps.record, maps.layout, file.shape
         form = format_of(file.dtype if file.dtype.isnative else file.dtype.newbyteorder("="))
         assert form is not None
         self.form: Format = form
-        by_rows = norm in ("layer", "rms")
-        if not by_rows and (normalized_shape is not None or axis is not None):
-            raise ValueError(f"normalized_shape, axis: expected None for {norm} norm")
-        if (num_groups is None) == (norm == "group"):
-            raise ValueError(f"num_groups: expected {'a number' if norm == 'group' else 'None'} for {norm} norm")
-        if norm == "rms" and bias is not None:
-            raise ValueError("bias: expected None for rms norm")
-        along: tuple[int, ...] | None = None
-        if by_rows and normalized_shape is not None:
-            along = normalized_axes(shape, normalized_shape, axis)
-        elif by_rows:
-            along = (-1,) if axis is None else integers(axis, "axis")
-        channel_axis = integer(channel_axis, "channel_axis")
-        groups = None if num_groups is None else integer(num_groups, "num_groups")
-        layout = Layout.of(norm, shape, channel_axis=channel_axis, num_groups=groups, axis=along)
-        ndim = len(shape)
-        if by_rows and along is not None:
-            self._along = tuple(a % ndim for a in along)
-        else:
-            self._along = (channel_axis % ndim,)
-        if norm in ("batch", "instance") and given is None and layout.count == 1 and 0 not in shape:
+        self._maps = maps
+        if record.tracks and given is None and layout.count == 1 and 0 not in shape:
             raise ValueError(f"source: expected more than 1 value per channel, got shape {shape}")
-        self._eps = (form.epsilon if norm == "rms" else 1e-5) if eps is None else check_eps(eps)
-        self._norm, self._groups = norm, groups
-        parameters = {"weight": weight, "bias": bias}
-        self._parameters = {
-            name: arrays.as_parameter(value, name, layout.affine_shape, form.lane)
-            for name, value in parameters.items()
-            if value is not None
-        }
-        self._tile: Region | None = None
+        usual = form.epsilon if record.eps is None else record.eps
+        self._eps = usual if eps is None else check_eps(eps)
+        self._parameters: dict[str, np.ndarray] = {}
+        for name, value in parameters.items():
+            if value is not None and name not in record.parameters:
+                raise ValueError(f"{name}: expected None for {record.kind} norm")
+            if value is not None:
+                array = arrays.as_parameter(value, name, form.lane)
+                check_shape(spec_of(array), name, layout.affine_shape)
+                check_float(spec_of(array), name)
+                self._parameters[name] = arrays.cast(array, form.lane)
         self._tally: _Tally | None = None
+        self._measured = maps.reduced
+        self._given = given is not None
         self._mean = self._rstd = np.zeros(1)
-        reduced = frozenset(layout.reduced_axes)
-        group_unit = list(file.unit)
-        self._channels = 0  # of a group of group norm
-        if groups is not None:
-            channel = self._along[0]
-            self._channels = shape[channel] // groups
-            group_unit[channel] = lcm(group_unit[channel], max(self._channels, 1))
-            reduced -= {channel}
         if given is not None:
-            for name, array in zip(("running_mean", "running_var"), given, strict=True):
-                if array.shape != layout.affine_shape:
-                    raise ValueError(f"{name}: expected shape {layout.affine_shape}, got {array.shape}")
-            reduced = frozenset()
-        self._given = given
-        self._measured = reduced
-        self.axes = Axes(shape, file.order, reduced, file.unit, tuple(group_unit))
+            self._mean, self._rstd = self._of_channels(*given)
+        group_unit = list(file.unit)
+        if maps.groups is not None:
+            group_unit[maps.along[0]] = lcm(group_unit[maps.along[0]], maps.group)
+        whole_groups = frozenset[int]() if self._given else maps.reduced
+        self.axes = Axes(shape, file.order, whole_groups, file.unit, tuple(group_unit))
+
+    def _of_channels(self, mean: np.ndarray, var: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return mean and rstd from given statistics, with 1 for all axes but that of the channels."""
+        shape, channel = self._maps.layout.shape, self._maps.along[0]
+        for name, array in (("running_mean", mean), ("running_var", var)):
+            if array.shape != (shape[channel],):
+                raise ValueError(f"{name}: expected shape {(shape[channel],)}, got {array.shape}")
+        lengths = [n if a == channel else 1 for a, n in enumerate(shape)]
+        rstd = self._maps.record.rstd(np.asarray(var, np.float64), self._maps.layout.count, self._eps)
+        return mean.reshape(lengths), rstd.reshape(lengths)
 
     def __call__(self, step: _Step, values: np.ndarray) -> np.ndarray | None:
         """Do a step; return what is to be written."""
         if step.stage == _MEASURE:
             if self._tally is None:
-                one_group = self._groups is not None and _length(step.tile[self._along[0]]) == self._channels
-                self._measured = self.axes.reduced | (frozenset(self._along) if one_group else frozenset())
+                maps = self._maps
+                one_group = maps.groups is not None and length(step.tile[maps.along[0]]) == maps.group
+                self._measured = maps.reduced | frozenset(maps.along if one_group else ())
                 self._tally = _Tally(self._measured)
             self._tally(step, values)
             return None
-        x, _ = arrays.as_input(values, "source")
+        x = arrays.as_input(values, "source")
+        own = step.stage == _ONLY and not self._given
+        return self._normalized(x, step.region, None if own else self._statistics(step))
+
+    def _normalized(
+        self, x: np.ndarray, region: Region, statistics: tuple[np.ndarray, np.ndarray] | None
+    ) -> np.ndarray:
+        """Normalize a block, with its own statistics where none are given. Nothing else here asks for a norm's kernels.
+
+        Statistics that are given are those of every channel by itself, where the norm has groups: a block may cut them.
+        """
+        maps, kind = self._maps, self._maps.record.kind
         out = x if x.dtype == self.form.result else None
-        weight, bias = (self._part(name, step.region) for name in ("weight", "bias"))
-        if self._given is None and step.stage == _ONLY:
-            call = Call(self._norm, self._options(step.region), x, x, self.form, weight, bias, out=out)
-            return call.result(call.forward(self._eps, False), False)  # type: ignore[no-any-return]
-        channel, groups, axis = self._options(step.region)
-        norm, options = self._norm, (channel, groups, axis)
-        if norm == "group":  # every channel has its group's statistics
-            norm, options = "instance", (channel, None, None)
-        mean, rstd = self._statistics(step)
-        return pieces.normalize(norm, options, x, mean, rstd, weight, bias, out=out)  # type: ignore[no-any-return]
+        weight, bias = (
+            self._parameters[name][maps.weights(region)] if name in self._parameters else None
+            for name in ("weight", "bias")
+        )
+        if statistics is None:
+            prepared = prepared_for(kind, maps.options(region, maps.group), x, weight, bias, None, None, out)
+            return prepared.run(x, weight, bias, self._eps, None, None, out, False)[0]  # type: ignore[no-any-return]
+        return normalize(kind, maps.options(region, 1), x, *statistics, weight, bias, out=out)  # type: ignore[no-any-return]
 
-    def _options(self, region: Region) -> Options:
-        """Return the norm's options for one block."""
-        channel = self._along[0]
-        if self._norm in ("layer", "rms"):
-            return 1, None, self._along
-        groups = _length(region[channel]) // max(self._channels, 1) if self._groups is not None else None
-        return channel, groups, None
-
-    def _part(self, name: str, region: Region) -> np.ndarray | None:
-        """Return the weight or bias of a block's elements."""
-        parameter = self._parameters.get(name)
-        return None if parameter is None else parameter[tuple(region[a] for a in self._along)]
-
-    def _statistics(self, step: _Step) -> tuple[np.ndarray | None, np.ndarray]:
-        """Return mean and rstd of a block as `pieces.normalize` takes them."""
-        if self._given is not None:
-            mean, var = (array[step.region[self._along[0]]] for array in self._given)
-            return mean, _rstd(var, self._eps)
+    def _statistics(self, step: _Step) -> tuple[np.ndarray, np.ndarray]:
+        """Return mean and rstd of a block's groups, in the shape in which the norm has them."""
         if self._tally is not None:  # the tile has been measured, and this is the first block to be normalized
             self._mean, self._rstd = self._merged(self._tally.moments(step.tile), step.tile)
             self._tally = None
+        tile = whole(self.axes.shape) if self._given else step.tile
         place = tuple(
-            slice(None) if length == 1 else slice(s.start - t.start, s.stop - t.start)
-            for s, t, length in zip(step.region, step.tile, self._mean.shape, strict=True)
+            slice(None) if n == 1 else slice(s.start - t.start, s.stop - t.start)
+            for s, t, n in zip(step.region, tile, self._mean.shape, strict=True)
         )
-        mean, rstd = self._mean[place], self._rstd[place]
-        if self._norm in ("layer", "rms"):
-            return (None if self._norm == "rms" else mean), rstd
-        if self._norm == "batch":
-            return mean.reshape(-1), rstd.reshape(-1)
-        channel = self._along[0]
-        sample = 1 if channel == 0 else 0
-        lengths = _length(step.region[sample]), _length(step.region[channel])
-        mean, rstd = (np.moveaxis(s, (sample, channel), (0, 1)).reshape(s.shape[sample], -1) for s in (mean, rstd))
-        return np.broadcast_to(mean, lengths), np.broadcast_to(rstd, lengths)
+        statistics = self._maps.statistics
+        return statistics(self._mean[place], step.region), statistics(self._rstd[place], step.region)
 
     def _merged(self, moments: Moments, tile: Region) -> tuple[np.ndarray, np.ndarray]:
         """Return mean and rstd of a tile's groups, with 1 for the axes along which there is but one."""
-        lengths = [1 if a in self._measured else _length(s) for a, s in enumerate(tile)]
+        maps, record = self._maps, self._maps.record
+        lengths = [1 if a in self._measured else length(s) for a, s in enumerate(tile)]
         mean = np.reshape(moments.mean, lengths)
         var = np.reshape(moments.var(), lengths)
         with np.errstate(all="ignore"):  # Inf and NaN among the elements
-            if self._groups is not None and self._along[0] not in self._measured:
-                mean, var = _of_groups(mean, var, self._along[0], self._channels)
-            return mean, _rstd(var + mean * mean if self._norm == "rms" else var, self._eps)
+            if maps.groups is not None and maps.along[0] not in self._measured:
+                mean, var = _of_groups(mean, var, maps.along[0], maps.group)
+            square = var if record.centred else var + mean * mean
+        return mean, record.rstd(square, maps.layout.count, self._eps)
 
 
 def _of_groups(mean: np.ndarray, var: np.ndarray, channel: int, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -469,15 +442,6 @@ def _of_groups(mean: np.ndarray, var: np.ndarray, channel: int, size: int) -> tu
     merged = near + (means - near).mean(channel + 1, keepdims=True)
     spread = (variances + (means - merged) ** 2).mean(channel + 1, keepdims=True)
     return np.broadcast_to(merged, split).reshape(mean.shape), np.broadcast_to(spread, split).reshape(mean.shape)
-
-
-def _rstd(var: np.ndarray, eps: float) -> np.ndarray:
-    with np.errstate(all="ignore"):
-        return np.asarray(1.0 / np.sqrt(np.asarray(var, np.float64) + eps))
-
-
-def _length(part: slice) -> int:
-    return int(part.stop - part.start)
 
 
 def _sink(scratch: Path, as_zarr: bool, file: Source, dtype: np.dtype[Any], unit: tuple[int, ...]) -> Sink:

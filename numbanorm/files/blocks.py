@@ -140,3 +140,8 @@ def regions(within: Region, extents: tuple[int, ...], order: tuple[int, ...]) ->
 def whole(shape: tuple[int, ...]) -> Region:
     """Return the region that is all of an array."""
     return tuple(slice(0, n) for n in shape)
+
+
+def length(part: slice) -> int:
+    """Return the extent of a region along one axis."""
+    return int(part.stop - part.start)

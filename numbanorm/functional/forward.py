@@ -1,12 +1,12 @@
-"""The functions: check the arguments, plan from the shapes, hand to the backend."""
+"""The norms, one function for each: they name what is to be done, and the call is made elsewhere."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ..calls import quick
-from ..calls.check import check_eps, integer, normalized_axes
-from ..calls.dispatch import calls_for
+from ..calls import host
+from ..calls.check import options_for
+from ..core.norms import record_of
 
 
 def batch_norm(
@@ -85,17 +85,22 @@ def batch_norm(
     array([[-1., -1.],
            [ 1.,  1.]])
     """
-    if mask is stream is None:
-        if not training and not return_stats:
-            way = quick.find_given(x, running_mean, running_var, weight, bias, eps, channel_axis, out)
-            if way is not None:
-                return way.apply(x, running_mean, running_var, weight, bias, eps, out)
-        elif training and running_mean is running_var is None:
-            way = quick.find_by_channel("batch", x, weight, bias, eps, out, channel_axis)
-            if way is not None:
-                return way.run(x, weight, bias, eps, return_stats, out)
-    own = (weight, bias, training, momentum, eps, channel_axis, mask, out, return_stats)
-    return calls_for(x, stream).run_tracked("batch", x, running_mean, running_var, *own)
+    return host.tracked(
+        "batch",
+        channel_axis,
+        x,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        mask,
+        out,
+        return_stats,
+        stream,
+    )
 
 
 def instance_norm(
@@ -155,17 +160,22 @@ def instance_norm(
     array([[[-1.,  1.],
             [-1.,  1.]]])
     """
-    if mask is stream is None:
-        if not use_input_stats and not return_stats:
-            way = quick.find_given(x, running_mean, running_var, weight, bias, eps, channel_axis, out)
-            if way is not None:
-                return way.apply(x, running_mean, running_var, weight, bias, eps, out)
-        elif use_input_stats and running_mean is running_var is None:
-            way = quick.find_by_channel("instance", x, weight, bias, eps, out, channel_axis)
-            if way is not None:
-                return way.run(x, weight, bias, eps, return_stats, out)
-    own = (weight, bias, use_input_stats, momentum, eps, channel_axis, mask, out, return_stats)
-    return calls_for(x, stream).run_tracked("instance", x, running_mean, running_var, *own)
+    return host.tracked(
+        "instance",
+        channel_axis,
+        x,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        use_input_stats,
+        momentum,
+        eps,
+        mask,
+        out,
+        return_stats,
+        stream,
+    )
 
 
 def group_norm(
@@ -217,24 +227,7 @@ def group_norm(
     >>> nn.group_norm(np.array([[1.0, 3.0, 10.0, 30.0]]), 2, eps=0.0)
     array([[-1.,  1., -1.,  1.]])
     """
-    if mask is stream is None:
-        way = quick.find_by_channel("group", x, weight, bias, eps, out, channel_axis, num_groups)
-        if way is not None:
-            return way.run(x, weight, bias, eps, return_stats, out)
-    options = (integer(channel_axis, "channel_axis"), integer(num_groups, "num_groups"), None)
-    calls = calls_for(x, stream)
-    return calls.run(
-        "group",
-        options,
-        x,
-        *calls.as_input(x, "x"),
-        weight,
-        bias,
-        check_eps(eps),
-        mask=mask,
-        out=out,
-        return_stats=return_stats,
-    )
+    return host.forward("group", channel_axis, num_groups, x, weight, bias, eps, mask, None, out, return_stats, stream)
 
 
 def layer_norm(
@@ -306,26 +299,8 @@ def layer_norm(
     array([[-1., -1.],
            [ 1.,  1.]])
     """
-    if mask is stream is None:
-        way = quick.find("layer", x, weight, bias, eps, out, residual, normalized_shape, axis)
-        if way is not None:
-            return way.run(x, weight, bias, eps, return_stats, out, residual)
-    calls = calls_for(x, stream)
-    source, form = calls.as_input(x, "x")
-    options = (1, None, normalized_axes(source.shape, normalized_shape, axis))
-    return calls.run(
-        "layer",
-        options,
-        x,
-        source,
-        form,
-        weight,
-        bias,
-        check_eps(eps),
-        mask=mask,
-        residual=residual,
-        out=out,
-        return_stats=return_stats,
+    return host.forward(
+        "layer", normalized_shape, axis, x, weight, bias, eps, mask, residual, out, return_stats, stream
     )
 
 
@@ -381,289 +356,128 @@ def rms_norm(
     >>> nn.rms_norm(np.array([[3.0, 4.0]]), 2, eps=0.0) * np.sqrt(12.5)
     array([[3., 4.]])
     """
-    if stream is None:
-        way = quick.find("rms", x, weight, None, 0.0 if eps is None else eps, out, residual, normalized_shape, axis)
-        if way is not None:
-            return way.run(x, weight, None, way.epsilon if eps is None else eps, return_stats, out, residual)
-    calls = calls_for(x, stream)
-    source, form = calls.as_input(x, "x")
-    options = (1, None, normalized_axes(source.shape, normalized_shape, axis))
-    eps = form.epsilon if eps is None else check_eps(eps)
-    return calls.run(
-        "rms", options, x, source, form, weight, None, eps, residual=residual, out=out, return_stats=return_stats
-    )
+    return host.forward("rms", normalized_shape, axis, x, weight, None, eps, None, residual, out, return_stats, stream)
 
 
-def batch_norm_backward(
-    dy: Any,
-    x: Any,
-    mean: Any,
-    rstd: Any,
-    weight: Any = None,
-    *,
-    training: bool = True,
-    channel_axis: int = 1,
-    mask: Any = None,
-    stream: Any = None,
-) -> Any:
-    """Return the gradients of `batch_norm`.
-
-    Parameters
-    ----------
-    dy : array_like, shape of `x`
-        Gradient of the output, of a float dtype.
-    x : array_like, shape (N, C, ...)
-        The input of the forward call.
-    mean, rstd : array_like, shape (C,)
-        What the forward call returned with `return_stats`.
-    weight : array_like, shape (C,), optional
-        gamma.
-    training : bool, optional
-        False: the statistics were the running ones, which do not depend on `x`.
-    channel_axis : int, optional
-        Axis of the channels.
-    mask : array_like of bool, broadcastable to `x`, optional
-        The mask of the forward call.
-    stream : int or stream, optional
-        As for `batch_norm`.
-
-    Returns
-    -------
-    dx : ndarray, shape of `x`
-        Gradient of the input, of the output's dtype.
-    dweight, dbias : ndarray, shape (C,)
-        Gradients of weight and bias, of `weight`'s dtype; float32 without one, float64 for wide inputs.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument does not fit.
-
-    Notes
-    -----
-    With ``h = (x - mean) * rstd`` and ``g = dy * weight``, in training
-    ``dx = rstd * (g - avg(g) - h * avg(g * h))``, averages taken over the elements that share the mean.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import numbanorm as nn
-    >>> x = np.array([[1.0], [2.0], [6.0]])
-    >>> y, mean, rstd = nn.batch_norm(x, training=True, return_stats=True)
-    >>> dx, dweight, dbias = nn.batch_norm_backward(np.array([[1.0], [0.0], [0.0]]), x, mean, rstd)
-    >>> np.round(dx.ravel(), 4), dbias
-    (array([ 0.1763, -0.2204,  0.0441]), array([1.]))
-    """
-    if training and mask is stream is None:
-        way = quick.find_backward_by_channel("batch", dy, x, mean, rstd, weight, channel_axis)
-        if way is not None:
-            return way.run(dy, x, mean, rstd, weight)
-    options = (integer(channel_axis, "channel_axis"), None, None)
-    calls = calls_for(x, stream)
-    own = (mean, rstd, weight, mask)
-    return calls.run_backward("batch", options, dy, x, *calls.as_input(x, "x"), *own, fixed=not training)
-
-
-def instance_norm_backward(
-    dy: Any,
-    x: Any,
-    mean: Any,
-    rstd: Any,
-    weight: Any = None,
-    *,
-    channel_axis: int = 1,
-    mask: Any = None,
-    stream: Any = None,
-) -> Any:
-    """Return the gradients of `instance_norm` with the input's statistics.
-
-    Parameters
-    ----------
-    dy, x, weight, channel_axis, mask, stream
-        As for `batch_norm_backward`.
-    mean, rstd : array_like, shape (N, C)
-        What the forward call returned with `return_stats`.
-
-    Returns
-    -------
-    dx, dweight, dbias : ndarray
-        As `batch_norm_backward` returns them.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument does not fit.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import numbanorm as nn
-    >>> x = np.array([[[1.0, 2.0, 6.0]]])
-    >>> y, mean, rstd = nn.instance_norm(x, return_stats=True)
-    >>> dx, dweight, dbias = nn.instance_norm_backward(np.array([[[1.0, 0.0, 0.0]]]), x, mean, rstd)
-    >>> np.round(dx.ravel(), 4)
-    array([ 0.1763, -0.2204,  0.0441])
-    """
-    if mask is stream is None:
-        way = quick.find_backward_by_channel("instance", dy, x, mean, rstd, weight, channel_axis)
-        if way is not None:
-            return way.run(dy, x, mean, rstd, weight)
-    options = (integer(channel_axis, "channel_axis"), None, None)
-    calls = calls_for(x, stream)
-    return calls.run_backward("instance", options, dy, x, *calls.as_input(x, "x"), mean, rstd, weight, mask)
-
-
-def group_norm_backward(
-    dy: Any,
-    x: Any,
-    num_groups: int,
-    mean: Any,
-    rstd: Any,
-    weight: Any = None,
-    *,
-    channel_axis: int = 1,
-    mask: Any = None,
-    stream: Any = None,
-) -> Any:
-    """Return the gradients of `group_norm`.
-
-    Parameters
-    ----------
-    dy, x, weight, channel_axis, mask, stream
-        As for `batch_norm_backward`.
-    num_groups : int
-        Groups of the forward call.
-    mean, rstd : array_like, shape (N, num_groups)
-        What the forward call returned with `return_stats`.
-
-    Returns
-    -------
-    dx, dweight, dbias : ndarray
-        As `batch_norm_backward` returns them.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument does not fit.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import numbanorm as nn
-    >>> x = np.array([[1.0, 2.0, 6.0]])
-    >>> y, mean, rstd = nn.group_norm(x, 1, return_stats=True)
-    >>> dx, dweight, dbias = nn.group_norm_backward(np.array([[1.0, 0.0, 0.0]]), x, 1, mean, rstd)
-    >>> np.round(dx, 4)
-    array([[ 0.1763, -0.2204,  0.0441]])
-    """
-    if mask is stream is None:
-        way = quick.find_backward_by_channel("group", dy, x, mean, rstd, weight, channel_axis, num_groups)
-        if way is not None:
-            return way.run(dy, x, mean, rstd, weight)
-    options = (integer(channel_axis, "channel_axis"), integer(num_groups, "num_groups"), None)
-    calls = calls_for(x, stream)
-    return calls.run_backward("group", options, dy, x, *calls.as_input(x, "x"), mean, rstd, weight, mask)
-
-
-def layer_norm_backward(
-    dy: Any,
+def l2_norm(
     x: Any,
     normalized_shape: Any,
-    mean: Any,
-    rstd: Any,
     weight: Any = None,
+    eps: float = 1e-12,
     *,
     axis: Any = None,
-    mask: Any = None,
+    residual: Any = None,
+    out: Any = None,
+    return_stats: bool = False,
     stream: Any = None,
 ) -> Any:
-    """Return the gradients of `layer_norm`.
+    """Divide each sample by its Euclidean norm over its last axes, or over any set of axes.
+
+    It is torch's ``torch.nn.functional.normalize`` with ``p=2``: ``x / max(norm, eps)``.
 
     Parameters
     ----------
-    dy, mask, stream
-        As for `batch_norm_backward`.
-    x : array_like
-        The array that was normalized: with `residual`, the sum that the forward call returned; its gradient is that
-        of both summands.
-    normalized_shape, axis
-        Those of the forward call.
-    mean, rstd : array_like
-        What the forward call returned with `return_stats`.
+    x : array_like, shape (..., *normalized_shape)
+        Dtypes as for `batch_norm`.
+    normalized_shape : int or tuple of int
+        Lengths of the normalized axes.
     weight : array_like, shape `normalized_shape`, optional
-        gamma.
+        Multiplies the result; of any float dtype.
+    eps : float, optional
+        What the norm is at least, in units of ``x``.
+    axis, residual, out, return_stats, stream
+        As for `layer_norm`.
 
     Returns
     -------
-    dx : ndarray, shape of `x`
-        Gradient of the input.
-    dweight, dbias : ndarray, shape `normalized_shape`
-        Gradients of weight and bias.
+    y : ndarray, shape of `x`
+        The normalized array; a row of zeros stays one.
+    rstd : ndarray, float64
+        Only with `return_stats`: ``1/max(norm, eps)``, `x`'s shape with 1 for the normalized axes.
+    total : ndarray, shape of `x`
+        Only with `residual`: ``x + residual``, last.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument does not fit.
+        If an argument does not fit; nothing is written then.
 
     Examples
     --------
     >>> import numpy as np
     >>> import numbanorm as nn
-    >>> x = np.array([[1.0, 2.0, 6.0]])
-    >>> y, mean, rstd = nn.layer_norm(x, 3, return_stats=True)
-    >>> dx, dweight, dbias = nn.layer_norm_backward(np.array([[1.0, 0.0, 0.0]]), x, 3, mean, rstd)
-    >>> np.round(dx, 4)
-    array([[ 0.1763, -0.2204,  0.0441]])
+    >>> nn.l2_norm(np.array([[3.0, 4.0], [0.0, 0.0]]), 2)
+    array([[0.6, 0.8],
+           [0. , 0. ]])
     """
-    if mask is stream is None:
-        way = quick.find_backward("layer", dy, x, mean, rstd, weight, normalized_shape, axis)
-        if way is not None:
-            return way.run(dy, x, mean, rstd, weight)
-    calls = calls_for(x, stream)
-    source, form = calls.as_input(x, "x")
-    options = (1, None, normalized_axes(source.shape, normalized_shape, axis))
-    return calls.run_backward("layer", options, dy, x, source, form, mean, rstd, weight, mask)
+    return host.forward("l2", normalized_shape, axis, x, weight, None, eps, None, residual, out, return_stats, stream)
 
 
-def rms_norm_backward(
-    dy: Any, x: Any, normalized_shape: Any, rstd: Any, weight: Any = None, *, axis: Any = None, stream: Any = None
+def normalize(
+    kind: str,
+    x: Any,
+    normalized_shape: Any = None,
+    num_groups: int | None = None,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float | None = None,
+    *,
+    axis: Any = None,
+    channel_axis: int = 1,
+    running_mean: Any = None,
+    running_var: Any = None,
+    use_input_stats: bool = True,
+    momentum: float | None = 0.1,
+    mask: Any = None,
+    residual: Any = None,
+    out: Any = None,
+    return_stats: bool = False,
+    stream: Any = None,
 ) -> Any:
-    """Return the gradients of `rms_norm`.
+    """Normalize with any norm of the table, those that `register_norm` has added too.
 
     Parameters
     ----------
-    dy, x, normalized_shape, weight, axis, stream
-        As for `layer_norm_backward`.
-    rstd : array_like
-        What the forward call returned with `return_stats`.
+    kind : str
+        The norm's name.
+    x : array_like
+        Dtypes as for `batch_norm`.
+    normalized_shape, axis
+        As for `layer_norm`, for norms over axes.
+    num_groups, channel_axis
+        As for `group_norm`, for norms by channel.
+    weight, bias : array_like, optional
+        gamma and beta; for a norm with one weight for all elements of shape ().
+    eps : float, optional
+        The norm's usual one if None.
+    running_mean, running_var, use_input_stats, momentum
+        As for `instance_norm`, for norms that may keep running statistics.
+    mask, residual, out, return_stats, stream
+        As for `layer_norm`.
 
     Returns
     -------
-    dx : ndarray, shape of `x`
-        Gradient of the input.
-    dweight : ndarray, shape `normalized_shape`
-        Gradient of the weight.
+    y, mean, rstd, total
+        As the norm's own function returns them.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument does not fit.
+        If an argument does not fit, or is none of the norm's; nothing is written then.
 
     Examples
     --------
     >>> import numpy as np
     >>> import numbanorm as nn
-    >>> x = np.array([[3.0, 4.0]])
-    >>> y, rstd = nn.rms_norm(x, 2, return_stats=True)
-    >>> dx, dweight = nn.rms_norm_backward(np.array([[1.0, 0.0]]), x, 2, rstd)
-    >>> np.round(dx, 4)
-    array([[ 0.181 , -0.1358]])
+    >>> nn.normalize("layer", np.array([[1.0, 3.0]]), 2, eps=0.0)
+    array([[-1.,  1.]])
     """
-    if stream is None:
-        way = quick.find_backward("rms", dy, x, None, rstd, weight, normalized_shape, axis)
-        if way is not None:
-            return way.run(dy, x, None, rstd, weight)
-    calls = calls_for(x, stream)
-    source, form = calls.as_input(x, "x")
-    options = (1, None, normalized_axes(source.shape, normalized_shape, axis))
-    return calls.run_backward("rms", options, dy, x, source, form, None, rstd, weight, None)
+    record = record_of(kind)
+    first, second = options_for(record, normalized_shape, axis, channel_axis, num_groups)
+    number = record.eps if eps is None else eps
+    if record.tracks and residual is None:
+        own = (weight, bias, use_input_stats, momentum, number, mask, out, return_stats, stream)
+        return host.tracked(kind, first, x, running_mean, running_var, *own)
+    if running_mean is not None or running_var is not None or not use_input_stats:
+        raise TypeError(f"running_mean, running_var: expected None, {record.title} keeps no running statistics")
+    return host.forward(kind, first, second, x, weight, bias, number, mask, residual, out, return_stats, stream)

@@ -1,4 +1,4 @@
-"""Norm: parameters, running statistics and mode around the functions; five thin subclasses."""
+"""Norm: parameters, running statistics and mode around a norm's calls; the layers are thin subclasses in `norms`."""
 
 from __future__ import annotations
 
@@ -8,26 +8,25 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
-from ..calls import arrays, quick
-from ..calls.check import check_eps, check_momentum, integer, lengths, normalized_axes, positive
-from ..calls.dispatch import calls_for, cuda_module, cuda_problem, on_cuda, uses_cuda, uses_dask
+from ..calls import check, host
+from ..calls.arrays import as_array, as_input
+from ..calls.dispatch import Request, cuda_problem, handler, handler_of
 from ..core.dtypes import is_float
+from ..core.kinds import on_cuda
 from ..core.layout import Layout
-from ..functional.forward import (
-    batch_norm,
-    batch_norm_backward,
-    group_norm,
-    group_norm_backward,
-    instance_norm,
-    instance_norm_backward,
-    layer_norm,
-    layer_norm_backward,
-    rms_norm,
-    rms_norm_backward,
-)
-from ..stats import fit as fitting
-from ..stats import sync as synchronized
-from ..stats.moments import Moments
+from ..core.norms import NORMS, NormRecord
+from ..core.spec import spec_of
+
+_ARRAYS = ("weight", "bias", "running_mean", "running_var")
+_STATE = (*_ARRAYS, "num_batches_tracked")
+
+_ndarray = np.ndarray
+
+USUAL: Any = object()
+"""An argument of a constructor in whose place the norm's record says what is usual."""
+
+KINDS: dict[str, type[Norm]] = {}
+"""The layers by the names that `Norm` takes; a registered norm's is made when it is first asked for."""
 
 
 class _Dispatch(type):
@@ -37,24 +36,66 @@ class _Dispatch(type):
         if cls is not Norm:
             return super().__call__(*args, **kwargs)
         kind = args[0] if args else kwargs.pop("kind", None)
-        if kind not in KINDS:
-            raise ValueError(f"kind: expected one of {', '.join(map(repr, KINDS))}, got {kind!r}")
-        return KINDS[kind](*args[1:], **kwargs)
+        if kind not in NORMS:
+            raise ValueError(f"kind: expected one of {', '.join(map(repr, NORMS))}, got {kind!r}")
+        return layer_of(kind)(*args[1:], **kwargs)
 
 
-class _Last(NamedTuple):
+def layer_of(kind: str) -> type[Norm]:
+    """Return the class of a norm's layers.
+
+    Parameters
+    ----------
+    kind : str
+        A key of `numbanorm.core.norms.NORMS`.
+    """
+    if kind not in KINDS:
+        record = NORMS[kind]
+        about = f"{record.title}, a registered norm. See `{FAMILIES[_family(record)].__name__}`."
+        KINDS[kind] = _Dispatch(record.title, (FAMILIES[_family(record)],), {"kind": kind, "__doc__": about})
+    return KINDS[kind]
+
+
+def _family(record: NormRecord) -> str:
+    if not record.by_channel:
+        return "axes"
+    return "groups" if record.grouped else "channels"
+
+
+FAMILIES: dict[str, type[Norm]] = {}
+"""Base classes of layers: of norms over axes, by channel, and by groups of channels."""
+
+
+class Last(NamedTuple):
     """What backward needs of the last call in training mode."""
 
     x: Any  # what was normalized, not copied
+    stats: Any  # as whatever served the call keeps them
+    prepared: Any  # what served it
+    mask: Any = None
+    summed: bool = False  # whether x is the sum of an input and a residual
+    overwritten: bool = False
+
+    @property
+    def statistics(self) -> tuple[Any, Any]:
+        """Mean, None where there is none, and rstd."""
+        public = self.prepared.public(self.stats)
+        return (None, *public)[-2:]  # type: ignore[return-value]
+
+
+_Last = Last
+"""Its name in pickles of version 0.1."""
+
+
+class Kept(NamedTuple):
+    """Statistics as users get them, in the place of what served a call."""
+
     mean: Any
     rstd: Any
-    mask: Any
-    summed: bool  # whether x is the sum of an input and a residual
-    overwritten: bool
 
-
-def _share_memory(a: Any, b: Any) -> bool:
-    return bool(np.may_share_memory(arrays.as_array(a, "out"), arrays.as_array(b, "x")))
+    def public(self, stats: Any) -> tuple[Any, ...]:
+        """Return them."""
+        return (self.rstd,) if self.mean is None else (self.mean, self.rstd)
 
 
 class Norm(metaclass=_Dispatch):
@@ -63,7 +104,8 @@ class Norm(metaclass=_Dispatch):
     Parameters
     ----------
     kind : str
-        ``"batch"``, ``"layer"``, ``"instance"``, ``"group"`` or ``"rms"``.
+        A norm's name: ``"batch"``, ``"layer"``, ``"instance"``, ``"group"``, ``"rms"``, ``"l2"``, or one that
+        `register_norm` has added.
     *args, **kwargs
         Those of the subclass.
 
@@ -89,22 +131,41 @@ class Norm(metaclass=_Dispatch):
     LayerNorm((384,), eps=1e-05)
     """
 
+    __module__ = "numbanorm"
+
     kind: ClassVar[str]
     weight: np.ndarray | None
     bias: np.ndarray | None
     running_mean: np.ndarray | None
     running_var: np.ndarray | None
+    sync: Any = None
 
-    def __init__(self, shape: tuple[int, ...], eps: float | None, affine: bool, bias: bool) -> None:
+    def __init__(self, shape: tuple[int, ...], eps: Any, affine: Any, bias: bool) -> None:
+        record = self.record
+        eps = record.eps if eps is USUAL else eps
+        affine = record.affine_by_default if affine is USUAL else affine
         self._shape = shape
         self.device = "cpu"
-        self.eps: Any = None if eps is None and self.kind == "rms" else check_eps(eps)
-        self.weight = np.ones(shape, np.float32) if affine else None
-        self.bias = np.zeros(shape, np.float32) if affine and bias else None
+        self.eps: Any = None if eps is None and record.eps is None else check.check_eps(eps)
+        own = shape if record.affine_roles else ()
+        self._affine_shape = own
+        self.weight = np.ones(own, np.float32) if affine else None
+        self.bias = np.zeros(own, np.float32) if affine and bias and "bias" in record.parameters else None
         self.running_mean = self.running_var = self.num_batches_tracked = None
         self.training = True
         self.grad: dict[str, Any] = {}
         self._last: Any = None
+        self._served: Any = None
+
+    @property
+    def record(self) -> NormRecord:
+        """What is to be known of the norm."""
+        return NORMS[self.kind]
+
+    @property
+    def _options(self) -> tuple[Any, Any]:
+        """The norm's options as `numbanorm.calls.dispatch.Request` has them."""
+        raise TypeError(f"{type(self).__name__}: expected a norm of its own")
 
     def __call__(self, x: Any, *, mask: Any = None, residual: Any = None, out: Any = None) -> Any:
         """Normalize `x`.
@@ -114,9 +175,9 @@ class Norm(metaclass=_Dispatch):
         x : array_like
             Of the shape that the layer was made for.
         mask : array_like of bool, broadcastable to `x`, optional
-            True where an element counts for the statistics (not for RMSNorm).
+            True where an element counts for the statistics (not for norms without a mean).
         residual : array_like, shape and dtype of `x`, optional
-            Added to `x` first (LayerNorm and RMSNorm only).
+            Added to `x` first (norms over axes only).
         out : ndarray, optional
             Where to write the result.
 
@@ -130,23 +191,59 @@ class Norm(metaclass=_Dispatch):
         TypeError, ValueError
             If an argument does not fit; nothing is written then.
         """
-        if residual is not None and not self._takes_residual:
-            raise TypeError(f"residual: expected None, {type(self).__name__} takes none")
-        if type(x) is not np.ndarray and uses_cuda(x) and (self.sync is None or not self.training):
-            return cuda_module("layers").forward(self, x, mask, residual, out)
-        if not self.training:
-            return self._run(x, mask, residual, out, False)
-        if residual is None and out is None:
-            results = self._run(x, mask, None, None, True)
-            mean = results[1] if len(results) == 3 else None
-            self._last = _Last(x, mean, results[-1], mask, False, False)
-            return results[0]
-        y, *rest = self._run(x, mask, residual, out, True)
-        total = None if residual is None else rest.pop()
-        mean = rest[0] if len(rest) > 1 else None
-        overwritten = total is None and out is not None and _share_memory(out, x)
-        self._last = _Last(x if total is None else total, mean, rest[-1], mask, total is not None, overwritten)
-        return y if total is None else (y, total)
+        if type(x) is _ndarray and mask is residual is out is None:
+            weight, bias, eps = self.weight, self.bias, self.eps
+            served = self._served
+            if served is None or not (
+                x.shape == served[0]
+                and x.strides == served[1]
+                and x.dtype is served[2]
+                and weight is served[3]
+                and bias is served[4]
+                and eps is served[5]
+            ):
+                served = self._remember(x, weight, bias, eps)
+            if served is not None:
+                prepared = served[7]
+                y, stats, _ = prepared.run(x, weight, bias, served[6], None, None, None, self.training)
+                if self.training:
+                    self._last = x, stats, prepared
+                return y
+        return self._call(x, mask, residual, out)
+
+    def _remember(self, x: np.ndarray, weight: Any, bias: Any, eps: Any) -> Any:
+        """Find what serves inputs that look like this one, and keep it; None where the long way round does."""
+        if not (host.are_plain(weight, bias) and x.flags.aligned and x.dtype.isnative):
+            return None
+        self._check_input(x.shape)
+        number, prepared = host.find(self.kind, self._options, x, weight, bias, eps)
+        self._served = x.shape, x.strides, x.dtype, weight, bias, eps, number, prepared
+        return self._served
+
+    def _call(self, x: Any, mask: Any, residual: Any, out: Any) -> Any:
+        """Normalize an array of any kind, with any option."""
+        serving = handler_of(x)
+        self._check_input(as_input(x, "x").shape if serving is None else serving.shape_of(x))
+        request = self._request(x, mask, residual, out)
+        outcome = host.serve(request)
+        if request.batches is not None:
+            self._batches = outcome.batches
+        if self.training:
+            total = outcome.total
+            overwritten = total is None and out is not None and _share_memory(out, x, serving)
+            self._last = Last(
+                x if total is None else total, outcome.stats, outcome.prepared, mask, total is not None, overwritten
+            )
+        return outcome.y if outcome.total is None else (outcome.y, outcome.total)
+
+    def _request(self, x: Any, mask: Any, residual: Any, out: Any) -> Request:
+        return Request(
+            self.kind, *self._options, x, self.weight, self.bias, self.eps, mask, residual, out, keep=self.training
+        )
+
+    def _check_input(self, shape: tuple[int, ...]) -> None:
+        """Check the shape of an input."""
+        self._layout(shape)
 
     def backward(self, dy: Any, dtotal: Any = None) -> Any:
         """Return the input's gradient for the last call in training mode; fill `grad`.
@@ -183,46 +280,51 @@ class Norm(metaclass=_Dispatch):
         >>> norm.grad["bias"]
         array([1., 0., 0.], dtype=float32)
         """
-        last = self._last = self._remembered()
+        last = self._remembered()
         if last is None:
             raise ValueError("backward: expected a call in training mode before, got none")
         if last.overwritten:
             raise ValueError("backward: expected the input of the last training call, but out= has overwritten it")
-        added = None
         if dtotal is not None and not last.summed:
             raise ValueError("dtotal: expected None, the last call in training mode had no residual")
-        if on_cuda(last.x):
-            dx, *gradients = cuda_module("layers").backward(self, last, dy, dtotal)
-            self._keep(gradients)
-            return dx
-        if dtotal is not None:
-            calls = calls_for(last.x)
-            added, form = calls.as_input(dtotal, "dtotal")
-            shape = calls.as_input(last.x, "x")[0].shape
-            if added.shape != shape:
-                raise ValueError(f"dtotal: expected the shape of the input, {shape}, got {added.shape}")
-            if not form.is_float:
-                raise TypeError(f"dtotal: expected a float dtype, got {added.dtype}")
         dx, *gradients = self._gradients(dy, last)
-        if added is not None and uses_dask(dx):
-            dx = (dx + added).astype(dx.dtype)
-        elif added is not None:
-            plain = arrays.as_array(dx, "dx")
-            np.add(plain, added, out=plain, casting="same_kind")
-        self._keep(gradients)
-        return dx
-
-    def _remembered(self) -> _Last | None:
-        """Return what the last call in training mode left."""
-        last: _Last | None = self._last
-        return last
-
-    def _keep(self, gradients: list[Any]) -> None:
+        if dtotal is not None:
+            serving = handler_of(last.x)
+            dx = _added(dx, dtotal, last.x) if serving is None else serving.add_gradient(dx, dtotal, last.x)
         self.grad = {
             name: gradient
             for name, gradient in zip(("weight", "bias"), gradients, strict=False)
             if getattr(self, name) is not None
         }
+        return dx
+
+    def _remembered(self) -> Last | None:
+        """Return what the last call in training mode left."""
+        last = self._last
+        return Last(*last) if type(last) is tuple else last
+
+    def _gradients(self, dy: Any, last: Last) -> tuple[Any, ...]:
+        mean, rstd = last.statistics
+        first, second = self._options
+        gradients: tuple[Any, ...] = host.backward(
+            self.kind, first, second, dy, last.x, mean, rstd, self.weight, last.mask, False, None
+        )
+        return gradients
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle holds: not what serves calls, compiled code that this process alone can call."""
+        last = self._remembered()
+        if last is not None:
+            last = last._replace(stats=None, prepared=Kept(*last.statistics))
+        return {**self.__dict__, "_served": None, "_last": last}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what a pickle held, of version 0.1 too."""
+        self.__dict__.update({"_served": None, "_affine_shape": state["_shape"], "axis": None, **state})
+        self.__dict__.pop("_bound", None)
+        last = self._last
+        if last is not None and not hasattr(last.prepared, "public"):  # it had the mean and rstd in these places
+            self._last = last._replace(stats=None, prepared=Kept(last.stats, last.prepared))
 
     @property
     def num_batches_tracked(self) -> int | None:
@@ -247,17 +349,9 @@ class Norm(metaclass=_Dispatch):
         """
         return self._layout(tuple(shape))
 
-    _takes_residual: ClassVar[bool] = False
-    sync: Any = None
-
-    def _run(self, x: Any, mask: Any, residual: Any, out: Any, return_stats: bool) -> Any:
-        raise TypeError(f"{type(self).__name__}: expected a norm of its own")
-
-    def _gradients(self, dy: Any, last: _Last) -> tuple[Any, ...]:
-        raise TypeError(f"{type(self).__name__}: expected a norm of its own")
-
     def _layout(self, shape: tuple[int, ...]) -> Layout:
-        raise TypeError(f"{type(self).__name__}: expected a norm of its own")
+        channel_axis, num_groups, axis = check.options_of(self.record, shape, *self._options)
+        return Layout.of(self.kind, shape, channel_axis=channel_axis, num_groups=num_groups, axis=axis)
 
     def train(self, mode: bool = True) -> Self:
         """Set the training mode, and return the layer.
@@ -295,8 +389,8 @@ class Norm(metaclass=_Dispatch):
                 raise ValueError(f"device: expected 'cpu', 'cuda' or 'cuda:0' and so on, got {device!r}")
             if cuda_problem() is not None:
                 raise ValueError(f"device: expected 'cpu', got {device!r}: {cuda_problem()}")
-            device = cuda_module("layers").device_name(found[1])
-        moved = {name: _placed(getattr(self, name), device) for name in _ARRAYS}
+            device = handler("cuda").device_name(found[1])
+        moved = {name: placed(getattr(self, name), device) for name in _ARRAYS}
         batches = self.num_batches_tracked
         for name, array in moved.items():
             setattr(self, name, array)
@@ -307,7 +401,7 @@ class Norm(metaclass=_Dispatch):
     def state_dict(self) -> dict[str, np.ndarray]:
         """Return copies of parameters and running statistics in host memory, under torch's names, in torch's shapes."""
         state = {name: getattr(self, name) for name in _STATE}
-        return {name: np.array(_placed(value, "cpu")) for name, value in state.items() if value is not None}
+        return {name: np.array(placed(value, "cpu")) for name, value in state.items() if value is not None}
 
     def load_state_dict(self, mapping: Mapping[str, Any], strict: bool = True) -> Self:
         """Take parameters and running statistics from a mapping, all or none, and return the layer.
@@ -337,532 +431,49 @@ class Norm(metaclass=_Dispatch):
         return self
 
     def _checked_state(self, name: str, value: Any) -> Any:
-        array = arrays.as_array(_placed(value, "cpu"), name)
+        array = as_array(placed(value, "cpu"), name)
         if name == "num_batches_tracked":
             if array.size != 1 or array.dtype.kind not in "iu":
                 raise ValueError(f"{name}: expected one integer, got dtype {array.dtype} and shape {array.shape}")
             return int(array.reshape(())[()])
-        if array.shape != self._shape:
-            raise ValueError(f"{name}: expected shape {self._shape}, got {array.shape}")
+        shape = self._affine_shape if name in ("weight", "bias") else self._shape
+        check.check_shape(spec_of(array), name, shape)
         if not is_float(array.dtype.newbyteorder("=")):
             raise TypeError(f"{name}: expected a float dtype, got {array.dtype}")
-        return _placed(np.array(array, dtype=array.dtype.newbyteorder("=")), self.device)
+        return placed(np.array(array, dtype=array.dtype.newbyteorder("=")), self.device)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(self._arguments())})"
 
     def _arguments(self) -> list[str]:
         """Return the constructor's arguments as `repr` shows them: those that differ from what is usual."""
-        parts = [
-            f"{self._shape if len(self._shape) > 1 or self._takes_residual else self._shape[0]}",
-            f"eps={self.eps}",
-        ]
+        parts = [f"{self._shape[0] if self.record.by_channel and len(self._shape) == 1 else self._shape}"]
+        parts.append(f"eps={self.eps}")
         if self.weight is None:
             parts.append("affine=False")
-        elif self.bias is None and self.kind != "rms":
+        elif self.weight is not None and self.bias is None and "bias" in self.record.parameters:
             parts.append("bias=False")
         return parts
 
 
-_ARRAYS = ("weight", "bias", "running_mean", "running_var")
-_STATE = (*_ARRAYS, "num_batches_tracked")
-
-
-def _placed(value: Any, device: str) -> Any:
+def placed(value: Any, device: str) -> Any:
     """Return an array on a device; itself if it is there already."""
     if value is None or (device == "cpu" and not on_cuda(value)):
         return value
-    return cuda_module("layers").placed(value, device)
-
-
-def _any_counts(mask: Any) -> bool:
-    """Tell whether a mask lets anything in; a dask array is computed for that. What is no mask the call will refuse."""
-    if mask is None:
-        return True
-    array = mask if uses_dask(mask) else arrays.as_array(mask, "mask")
-    return array.dtype == np.bool_ and bool(np.any(array))
-
-
-class _Channelwise(Norm):
-    """What batch and instance norm share: channels and running statistics."""
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float,
-        momentum: float | None,
-        affine: bool,
-        track_running_stats: bool,
-        bias: bool,
-        channel_axis: int,
-    ) -> None:
-        self.num_features = positive(num_features, "num_features")
-        super().__init__((self.num_features,), eps, affine, bias)
-        self.momentum = None if momentum is None else check_momentum(momentum)
-        self.channel_axis = integer(channel_axis, "channel_axis")
-        self.track_running_stats = track_running_stats
-        self.reset_running_stats()
-
-    def reset_running_stats(self) -> None:
-        """Set the running statistics back to mean 0, variance 1 and no batches."""
-        if self.track_running_stats:
-            both = np.zeros(self._shape, np.float32), np.ones(self._shape, np.float32)
-            self.running_mean, self.running_var = [_placed(one, self.device) for one in both]
-            self.num_batches_tracked = 0
-
-    def _layout(self, shape: tuple[int, ...]) -> Layout:
-        layout = Layout.of(self.kind, shape, channel_axis=self.channel_axis)
-        if layout.size != self.num_features:
-            channels = f"{self.num_features} channels along axis {self.channel_axis}"
-            raise ValueError(f"x: expected {channels}, got shape {shape}")
-        return layout
-
-    def _run(self, x: Any, mask: Any, residual: Any, out: Any, return_stats: bool) -> Any:
-        source, _ = calls_for(x).as_input(x, "x")
-        self._layout(source.shape)
-        tracked = self.num_batches_tracked
-        from_input = self.training or tracked is None
-        update = self.training and tracked is not None
-        momentum: float | None = 0.0
-        if update:
-            momentum = 1.0 / (tracked + 1) if self.momentum is None else self.momentum  # type: ignore[operator]
-        mean, var = (self.running_mean, self.running_var) if update or not from_input else (None, None)
-        counts = update and source.size > 0 and _any_counts(mask)  # before the call: nothing may fail after it
-        function = batch_norm if self.kind == "batch" else instance_norm
-        result = function(
-            x,
-            mean,
-            var,
-            self.weight,
-            self.bias,
-            from_input,
-            momentum,
-            self.eps,
-            channel_axis=self.channel_axis,
-            mask=mask,
-            out=out,
-            return_stats=return_stats,
-        )
-        if counts:
-            self.num_batches_tracked = tracked + 1  # type: ignore[operator]
-        return result
-
-    def _gradients(self, dy: Any, last: _Last) -> tuple[Any, ...]:
-        function = batch_norm_backward if self.kind == "batch" else instance_norm_backward
-        axis = self.channel_axis
-        gradients: tuple[Any, ...] = function(
-            dy, last.x, last.mean, last.rstd, self.weight, channel_axis=axis, mask=last.mask
-        )
-        return gradients
-
-    def _arguments(self) -> list[str]:
-        parts = [*super()._arguments(), f"momentum={self.momentum}"]
-        if self.track_running_stats != (self.kind == "batch"):
-            parts.append(f"track_running_stats={self.track_running_stats}")
-        return parts if self.channel_axis == 1 else [*parts, f"channel_axis={self.channel_axis}"]
-
-
-class BatchNorm(_Channelwise):
-    """Batch normalization: each channel over the batch and all positions. See `batch_norm`.
-
-    In training it normalizes with the batch's statistics and updates the running ones; in inference (`eval`) it uses
-    the running ones, so a sample's result does not depend on what else is in the batch.
-
-    Parameters
-    ----------
-    num_features : int
-        Channels C.
-    eps : float, optional
-        Added to the variance.
-    momentum : float or None, optional
-        Share of a batch in the running statistics; None for the average over all batches.
-    affine : bool, optional
-        Whether there are weight and bias, shape (C,).
-    track_running_stats : bool, optional
-        False: no running statistics; inference uses the batch's too.
-    bias : bool, optional
-        False: a weight alone.
-    channel_axis : int, optional
-        Axis of the channels; -1 for channels last.
-    sync : mpi4py communicator or callable, optional
-        Makes training calls normalize with the statistics of all processes' batches, and `backward` go through them;
-        inference does not communicate. A callable takes this process's float64 array of one axis, and returns a list
-        of all processes' arrays, in the same order everywhere. See `numbanorm.sync`.
-
-    Attributes
-    ----------
-    moments : Moments or None
-        What `fit` and `partial_fit` have seen; None before, and after other running statistics were set by
-        `load_state_dict` or `reset_running_stats`. It may be saved, loaded and assigned.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import numbanorm as nn
-    >>> norm = nn.BatchNorm(3)
-    >>> y = norm(np.random.default_rng(0).standard_normal((8, 3, 4, 4), dtype=np.float32))
-    >>> y.shape, norm.num_batches_tracked
-    ((8, 3, 4, 4), 1)
-    """
-
-    kind = "batch"
-    moments: Moments | None
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        *,
-        bias: bool = True,
-        channel_axis: int = 1,
-        sync: Any = None,
-    ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, bias, channel_axis)
-        self.sync = synchronized.check_sync(sync)
-        self._shared: synchronized.Shared | None = None
-
-    def fit(self, batches: Any, *, mask: Any = None) -> Self:
-        """Set the running statistics to those of all the data, exactly and in one pass, and return the layer.
-
-        The variance is that of the population (ddof 0): in inference the layer then gives what a training call on all
-        the data at once would give. Both become float64, so that a mean of 1e6 loses nothing. What was fitted before
-        is forgotten; `partial_fit` continues.
-
-        Parameters
-        ----------
-        batches : array_like of shape (N, C, ...), or iterable of these
-            An array, in memory or mapped from a file, and what is sliced like one and read as it is (Zarr, h5py), are
-            taken block by block; of an iterable, a list too, one batch is held at a time. A dask array is computed.
-        mask : array_like of bool, or iterable of these, optional
-            True where an element counts: broadcastable to the array, or one for each batch.
-
-        Raises
-        ------
-        TypeError, ValueError
-            If a batch does not fit, or nothing counts; the layer has not changed then.
-
-        Notes
-        -----
-        `num_batches_tracked` becomes the number of batches in which something counted, an array being one. A channel
-        of which nothing counted keeps mean 0 and variance 1. Order and size of the batches do not matter: statistics
-        of float64 data differ by less than 1e-12, relative.
-
-        Examples
-        --------
-        >>> import numpy as np
-        >>> import numbanorm as nn
-        >>> batches = (np.full((4, 1), mean) for mean in (1.0, 3.0))
-        >>> norm = nn.BatchNorm(1, eps=0.0).fit(batches).eval()
-        >>> norm.running_mean, norm.running_var
-        (array([2.]), array([1.]))
-        >>> norm(np.array([[1.0], [3.0]]))
-        array([[-1.],
-               [ 1.]])
-        """
-        fitting.fit(self, batches, mask)
-        return self
-
-    def partial_fit(self, x: Any, *, mask: Any = None) -> Self:
-        """Take one more batch into the statistics that `fit` sets, and return the layer.
-
-        It continues from `moments`, and sets the running statistics from them anew: what training calls in between
-        made of these is lost. Where there are no moments it is `fit` of this batch alone, but that a batch of which
-        nothing counts changes nothing.
-
-        Parameters
-        ----------
-        x : array_like, shape (N, C, ...)
-            One batch, of any kind that `fit` takes.
-        mask : array_like of bool, broadcastable to `x`, optional
-            True where an element counts.
-
-        Raises
-        ------
-        TypeError, ValueError
-            If the batch does not fit; the layer has not changed then.
-
-        Examples
-        --------
-        >>> import numpy as np
-        >>> import numbanorm as nn
-        >>> norm = nn.BatchNorm(1)
-        >>> for mean in (1.0, 3.0):
-        ...     norm = norm.partial_fit(np.full((4, 1), mean))
-        >>> norm.running_mean, norm.running_var, norm.num_batches_tracked
-        (array([2.]), array([1.]), 2)
-        """
-        fitting.partial_fit(self, x, mask)
-        return self
-
-    def reset_running_stats(self) -> None:
-        """Set the running statistics back to mean 0, variance 1 and no batches; forget what was fitted."""
-        super().reset_running_stats()
-        self.moments = None
-
-    def load_state_dict(self, mapping: Mapping[str, Any], strict: bool = True) -> Self:
-        """Do as for every layer; new running statistics forget what was fitted. See `Norm.load_state_dict`."""
-        super().load_state_dict(mapping, strict)
-        if "running_mean" in mapping or "running_var" in mapping:
-            self.moments = None
-        return self
-
-    def _run(self, x: Any, mask: Any, residual: Any, out: Any, return_stats: bool) -> Any:
-        if self.sync is None or not self.training:
-            return super()._run(x, mask, residual, out, return_stats)
-        y, mean, rstd, self._shared = synchronized.forward(self, x, mask, out)
-        return y, mean, rstd
-
-    def _gradients(self, dy: Any, last: _Last) -> tuple[Any, ...]:
-        if self._shared is None or self._shared.rstd is not last.rstd:
-            return super()._gradients(dy, last)
-        return synchronized.backward(self, dy, last, self._shared)
-
-    def _arguments(self) -> list[str]:
-        return super()._arguments() if self.sync is None else [*super()._arguments(), f"sync={self.sync!r}"]
-
-
-class InstanceNorm(_Channelwise):
-    """Instance normalization: each channel of each sample over its positions. See `instance_norm`.
-
-    Parameters
-    ----------
-    num_features, eps, momentum, bias, channel_axis
-        As for `BatchNorm`.
-    affine : bool, optional
-        Whether there are weight and bias, shape (C,).
-    track_running_stats : bool, optional
-        True: inference normalizes with running statistics; otherwise training and inference are the same.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import numbanorm as nn
-    >>> nn.InstanceNorm(1, eps=0.0)(np.array([[[1.0, 3.0]]]))
-    array([[[-1.,  1.]]])
-    """
-
-    kind = "instance"
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = False,
-        track_running_stats: bool = False,
-        *,
-        bias: bool = True,
-        channel_axis: int = 1,
-    ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, bias, channel_axis)
-
-
-class GroupNorm(Norm):
-    """Group normalization: groups of channels of each sample over their positions. See `group_norm`.
-
-    Parameters
-    ----------
-    num_groups : int
-        Groups of neighbouring channels.
-    num_channels : int
-        Channels C, a multiple of `num_groups`.
-    eps : float, optional
-        Added to the variance.
-    affine : bool, optional
-        Whether there are weight and bias, shape (C,).
-    bias : bool, optional
-        False: a weight alone.
-    channel_axis : int, optional
-        Axis of the channels; -1 for channels last.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import numbanorm as nn
-    >>> nn.GroupNorm(2, 4, eps=0.0)(np.array([[1.0, 3.0, 10.0, 30.0]]))
-    array([[-1.,  1., -1.,  1.]])
-    """
-
-    kind = "group"
-
-    def __init__(
-        self,
-        num_groups: int,
-        num_channels: int,
-        eps: float = 1e-5,
-        affine: bool = True,
-        *,
-        bias: bool = True,
-        channel_axis: int = 1,
-    ) -> None:
-        self.num_groups = positive(num_groups, "num_groups")
-        self.num_channels = positive(num_channels, "num_channels")
-        if self.num_channels % self.num_groups:
-            raise ValueError(f"num_groups: expected a divisor of the {num_channels} channels, got {num_groups}")
-        super().__init__((self.num_channels,), eps, affine, bias)
-        self.channel_axis = integer(channel_axis, "channel_axis")
-
-    def _layout(self, shape: tuple[int, ...]) -> Layout:
-        layout = Layout.of(self.kind, shape, channel_axis=self.channel_axis, num_groups=self.num_groups)
-        if layout.size != self.num_channels:
-            channels = f"{self.num_channels} channels along axis {self.channel_axis}"
-            raise ValueError(f"x: expected {channels}, got shape {shape}")
-        return layout
-
-    def _run(self, x: Any, mask: Any, residual: Any, out: Any, return_stats: bool) -> Any:
-        self._layout(calls_for(x).as_input(x, "x")[0].shape)
-        return group_norm(
-            x,
-            self.num_groups,
-            self.weight,
-            self.bias,
-            self.eps,
-            channel_axis=self.channel_axis,
-            mask=mask,
-            out=out,
-            return_stats=return_stats,
-        )
-
-    def _gradients(self, dy: Any, last: _Last) -> tuple[Any, ...]:
-        x, mean, rstd, mask, *_ = last
-        axis = self.channel_axis
-        gradients: tuple[Any, ...] = group_norm_backward(
-            dy, x, self.num_groups, mean, rstd, self.weight, channel_axis=axis, mask=mask
-        )
-        return gradients
-
-    def _arguments(self) -> list[str]:
-        parts = [str(self.num_groups), *super()._arguments()]
-        return parts if self.channel_axis == 1 else [*parts, f"channel_axis={self.channel_axis}"]
-
-
-class _Rowwise(Norm):
-    """What layer and RMS norm share: the last axes, the residual, and the quick way kept from call to call."""
-
-    _takes_residual = True
-
-    def __init__(self, normalized_shape: Any, eps: float | None, affine: bool, bias: bool) -> None:
-        super().__init__(lengths(normalized_shape, "normalized_shape"), eps, affine, bias)
-        self.normalized_shape = self._shape
-        self._bound: quick.Bound | None = None
-
-    def __call__(self, x: Any, *, mask: Any = None, residual: Any = None, out: Any = None) -> Any:
-        """Normalize `x`, shape (..., *normalized_shape). See `Norm.__call__`."""
-        if mask is residual is out is None:
-            weight, bias, eps = self.weight, self.bias, self.eps
-            bound = self._bound
-            if bound is None or not bound.serves(x, weight, bias, eps):
-                way = quick.find(self.kind, x, weight, bias, 0.0 if eps is None else eps, None, None, self._shape)
-                bound = self._bound = None if way is None else quick.Bound(way, x, weight, bias, eps)
-            if bound is not None:
-                y, stats = bound.way.forward(x, weight, bias, bound.eps, None, self.training)
-                if self.training:
-                    self._last = x, stats, bound.way  # what backward needs is made of it there
-                return y
-        return super().__call__(x, mask=mask, residual=residual, out=out)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy or a pickle holds: not the quick way, compiled code that this process alone can call."""
-        return {**self.__dict__, "_bound": None, "_last": self._remembered()}
-
-    def _remembered(self) -> _Last | None:
-        if type(self._last) is tuple:
-            x, stats, way = self._last
-            mean, rstd = (None, *way.public(stats))[-2:]
-            return _Last(x, mean, rstd, None, False, False)
-        return super()._remembered()
-
-    def _layout(self, shape: tuple[int, ...]) -> Layout:
-        return Layout.of(self.kind, shape, axis=normalized_axes(shape, self._shape, None))
-
-
-class LayerNorm(_Rowwise):
-    """Layer normalization: each sample over its last axes. See `layer_norm`.
-
-    Parameters
-    ----------
-    normalized_shape : int or tuple of int
-        Lengths of the last axes.
-    eps : float, optional
-        Added to the variance.
-    elementwise_affine : bool, optional
-        Whether there are weight and bias, shape `normalized_shape`.
-    bias : bool, optional
-        False: a weight alone.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import numbanorm as nn
-    >>> nn.LayerNorm(2, eps=0.0)(np.array([[1.0, 3.0], [10.0, 30.0]]))
-    array([[-1.,  1.],
-           [-1.,  1.]])
-    """
-
-    kind = "layer"
-
-    def __init__(
-        self, normalized_shape: Any, eps: float = 1e-5, elementwise_affine: bool = True, bias: bool = True
-    ) -> None:
-        super().__init__(normalized_shape, eps, elementwise_affine, bias)
-
-    def _run(self, x: Any, mask: Any, residual: Any, out: Any, return_stats: bool) -> Any:
-        return layer_norm(
-            x,
-            self._shape,
-            self.weight,
-            self.bias,
-            self.eps,
-            mask=mask,
-            residual=residual,
-            out=out,
-            return_stats=return_stats,
-        )
-
-    def _gradients(self, dy: Any, last: _Last) -> tuple[Any, ...]:
-        x, mean, rstd, mask, *_ = last
-        gradients: tuple[Any, ...] = layer_norm_backward(dy, x, self._shape, mean, rstd, self.weight, mask=mask)
-        return gradients
-
-
-class RMSNorm(_Rowwise):
-    """RMS normalization: each sample divided by its root mean square over its last axes. See `rms_norm`.
-
-    Parameters
-    ----------
-    normalized_shape : int or tuple of int
-        Lengths of the last axes.
-    eps : float or None, optional
-        Added to the mean square; None for the machine epsilon of the result's dtype.
-    elementwise_affine : bool, optional
-        Whether there is a weight, shape `normalized_shape`.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import numbanorm as nn
-    >>> nn.RMSNorm(2, eps=0.0)(np.array([[3.0, 3.0]]))
-    array([[1., 1.]])
-    """
-
-    kind = "rms"
-
-    def __init__(self, normalized_shape: Any, eps: float | None = None, elementwise_affine: bool = True) -> None:
-        super().__init__(normalized_shape, eps, elementwise_affine, False)
-
-    def _run(self, x: Any, mask: Any, residual: Any, out: Any, return_stats: bool) -> Any:
-        if mask is not None:
-            raise TypeError("mask: expected None, RMSNorm takes none")
-        options = {"residual": residual, "out": out, "return_stats": return_stats}
-        return rms_norm(x, self._shape, self.weight, self.eps, **options)
-
-    def _gradients(self, dy: Any, last: _Last) -> tuple[Any, ...]:
-        gradients: tuple[Any, ...] = rms_norm_backward(dy, last.x, self._shape, last.rstd, self.weight)
-        return gradients
-
-
-KINDS: dict[str, type[Norm]] = {norm.kind: norm for norm in (BatchNorm, LayerNorm, InstanceNorm, GroupNorm, RMSNorm)}
-"""The layers by the names that `Norm` takes."""
+    return handler("cuda").placed(value, device)
+
+
+def _share_memory(out: Any, x: Any, serving: Any) -> bool:
+    """Tell whether an output may share memory with an input."""
+    if serving is not None:
+        return bool(serving.share_memory(out, x))
+    return bool(np.may_share_memory(as_array(out, "out"), as_array(x, "x")))
+
+
+def _added(dx: Any, dtotal: Any, x: Any) -> Any:
+    """Return dx, to which the gradient of the sum is added in place."""
+    added = as_input(dtotal, "dtotal")
+    check.check_gradient(spec_of(added), spec_of(as_array(x, "x")), "dtotal")
+    plain = as_array(dx, "dx")
+    np.add(plain, added, out=plain, casting="same_kind")
+    return dx

@@ -12,7 +12,7 @@ import numpy as np
 from ..core.dtypes import float_dtype
 from ..core.norms import NORMS
 from ..core.threads import serial
-from .base import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, Norm, RMSNorm
+from .base import Norm
 
 _CHANNELS = 8
 _SMALL = 16
@@ -21,7 +21,7 @@ _LARGE = 1 << 15
 
 
 def warmup(
-    norms: Iterable[str] = tuple(NORMS),
+    norms: Iterable[str] | None = None,
     dtypes: Iterable[Any] = ("float32",),
     *,
     backward: bool = True,
@@ -32,7 +32,7 @@ def warmup(
     Parameters
     ----------
     norms : iterable of str, optional
-        ``"batch"``, ``"layer"``, ``"instance"``, ``"group"``, ``"rms"``; all if not given.
+        Names of norms; all if not given.
     dtypes : iterable of dtype-like, optional
         Float dtypes of the inputs; bfloat16 by name needs ml_dtypes.
     backward : bool, optional
@@ -56,7 +56,7 @@ def warmup(
     >>> nn.warmup(["rms"], ["float32"], backward=False)
     2
     """
-    steps = _steps(list(norms), [float_dtype(dtype) for dtype in dtypes], backward)
+    steps = _steps(list(NORMS if norms is None else norms), [float_dtype(dtype) for dtype in dtypes], backward)
     for done, (name, step) in enumerate(steps):
         if progress is not None:
             progress(done, len(steps), name)
@@ -74,7 +74,7 @@ def _steps(norms: list[str], dtypes: list[np.dtype[Any]], backward: bool) -> lis
     for dtype in dtypes:
         for norm in norms:
             for samples in (_SMALL, _LARGE):
-                orders = (False,) if norm in ("layer", "rms") else (False, True)
+                orders = (False, True) if NORMS[norm].by_channel else (False,)
                 for last in orders:
                     kind = "serial" if samples == _SMALL else "parallel"
                     order = ", channels last" if last else ""
@@ -87,7 +87,8 @@ def _steps(norms: list[str], dtypes: list[np.dtype[Any]], backward: bool) -> lis
 def _call(norm: str, dtype: np.dtype[Any], samples: int, last: bool, backward: bool) -> None:
     """Run a norm, forward in both modes and backward, on an array of its usual shape."""
     layer = _layer(norm)
-    shape = (samples, 64) if norm in ("layer", "rms") else (samples // 8, _CHANNELS, 8, 8)
+    by_channel = NORMS[norm].by_channel
+    shape = (samples // 8, _CHANNELS, 8, 8) if by_channel else (samples, 64)
     x = np.zeros(shape, dtype)
     if last:
         x = np.zeros((shape[0], 8, 8, _CHANNELS), dtype).transpose(0, 3, 1, 2)
@@ -95,23 +96,17 @@ def _call(norm: str, dtype: np.dtype[Any], samples: int, last: bool, backward: b
     if backward:
         layer.backward(y)
     layer.eval()(x)
-    if norm == "batch" or last:
+    if NORMS[norm].mixes_samples or last:
         return
     # Long groups past the caches have a kernel of their own on CPUs that write them by pairs (`cpu.rows.forward`).
-    long = np.zeros((1024, 2048) if norm in ("layer", "rms") else (128, _CHANNELS, 48, 48), dtype)
+    long = np.zeros((128, _CHANNELS, 48, 48) if by_channel else (1024, 2048), dtype)
     with serial() if samples == _SMALL else nullcontext():
         _layer(norm, 2048)(long)
 
 
 def _layer(norm: str, width: int = 64) -> Norm:
-    match norm:
-        case "batch":
-            return BatchNorm(_CHANNELS)
-        case "layer":
-            return LayerNorm(width)
-        case "instance":
-            return InstanceNorm(_CHANNELS, affine=True)
-        case "group":
-            return GroupNorm(2, _CHANNELS)
-        case _:
-            return RMSNorm(width)
+    record = NORMS[norm]
+    lengths = (2, _CHANNELS) if record.grouped else (_CHANNELS if record.by_channel else width,)
+    affine = {"affine" if record.by_channel else "elementwise_affine": True}
+    layer: Norm = Norm(norm, *lengths, **affine)
+    return layer

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..calls import arrays
-from ..calls.dispatch import on_cuda, uses_dask
+from ..calls.dispatch import handler_of
 from .moments import Moments
 
 if TYPE_CHECKING:
-    from ..layers.base import BatchNorm
+    from ..layers.norms import BatchNorm
 
 BLOCK_BYTES = 8 << 20
 """Bytes of an array taken at once. Channels of short runs are read once for each channel, from a cache if they fit in
@@ -76,9 +76,9 @@ def moments_of(layer: BatchNorm, x: Any, mask: Any = None) -> Moments:
         x = arrays.as_array(x, "x")
     shape = tuple(x.shape)
     channel = layer.layout(shape).reduced_axes
-    if uses_dask(x) or on_cuda(x):
+    if handler_of(x) is not None:
         return Moments.of(x, channel, mask=mask)
-    counted = None if mask is None else arrays.as_mask(mask, shape)
+    counted = None if mask is None else arrays.broadcast_mask(mask, shape)
     moments: Moments | None = None
     for part in _blocks(x, channel):
         taken = Moments.of(x[part], channel, mask=None if counted is None else counted[part])

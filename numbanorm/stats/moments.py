@@ -8,12 +8,15 @@ from typing import Any, Self
 
 import numpy as np
 
-from ..calls import arrays
+from ..calls.arrays import as_array, as_input, broadcast_mask
 from ..calls.check import integers
-from ..calls.dispatch import cpu_backend, cuda_module, dask_calls, uses_cuda, uses_dask
-from ..calls.host import public_statistic
+from ..calls.dispatch import handler_of
+from ..calls.prepare import public_statistic
+from ..calls.prepared import measuring_for
+from ..core.dtypes import WIDE
 from ..core.layout import Layout
-from ..core.plan import COUNT, M2, MEAN, plan
+from ..core.norms import OF_AXES, OF_CHANNELS
+from ..core.plan import COUNT, M2, MEAN
 
 
 class Moments:
@@ -80,7 +83,7 @@ class Moments:
             If dtype, axis or mask do not fit.
         """
         axes = None if axis is None else integers(axis, "axis")
-        return cls(axes, *_precise(x, axes, mask))
+        return cls(axes, *parts_of(x, axes, mask))
 
     @property
     def count(self) -> Any:
@@ -91,6 +94,16 @@ class Moments:
     def mean(self) -> Any:
         """Their mean."""
         return self._mean[()]
+
+    @property
+    def low(self) -> Any:
+        """What rounding the mean to float64 left of it."""
+        return self._low[()]
+
+    @property
+    def m2(self) -> Any:
+        """The sum of their squared deviations from the mean."""
+        return self._m2[()]
 
     def var(self, ddof: float = 0) -> Any:
         """Return the variance, ``M2 / (count - ddof)``; NaN where that is not positive.
@@ -122,7 +135,7 @@ class Moments:
         TypeError, ValueError
             If the batch does not fit; nothing has changed then.
         """
-        self._count, self._mean, self._m2, self._low = self._merged(*_precise(x, self._axis, mask))
+        self._count, self._mean, self._m2, self._low = self._merged(*parts_of(x, self._axis, mask))
         return self
 
     def __add__(self, other: Moments) -> Moments:
@@ -131,7 +144,7 @@ class Moments:
             return NotImplemented
         return Moments(self._axis, *self._merged(other._count, other._mean, other._m2, other._low))
 
-    def _merged(self, count: np.ndarray, mean: np.ndarray, m2: np.ndarray, low: np.ndarray) -> _Parts:
+    def _merged(self, count: np.ndarray, mean: np.ndarray, m2: np.ndarray, low: np.ndarray) -> Parts:
         if mean.shape != self._mean.shape:
             raise ValueError(f"x: expected moments of shape {self._mean.shape}, got {mean.shape}")
         total = self._count + count
@@ -139,8 +152,8 @@ class Moments:
         with np.errstate(all="ignore"):  # Inf and NaN among the elements, as in NumPy's own mean
             delta = np.where((self._count > 0) & (count > 0), (mean - self._mean) + (low - self._low), 0.0)
             seen = self._count > 0
-            merged, rest = _two_sum(np.where(seen, self._mean, mean), delta * share)
-            merged, rest = _two_sum(merged, rest + np.where(seen, self._low, low))
+            merged, rest = two_sum(np.where(seen, self._mean, mean), delta * share)
+            merged, rest = two_sum(merged, rest + np.where(seen, self._low, low))
             rest = np.where(np.isfinite(rest), rest, 0.0)
             return np.asarray(total), merged, self._m2 + m2 + delta * delta * self._count * share, rest
 
@@ -197,7 +210,7 @@ class Moments:
         return f"Moments(count={self.count}, mean={self.mean}, var={self.var()})"
 
 
-_Parts = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+Parts = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 """(count, mean, M2, low): the mean is the sum of the second and the last."""
 
 _FEW = 1 << 16
@@ -208,23 +221,24 @@ _FAR = 500
 """Standard deviations from 0 beyond which it is: nearer, rounding the mean costs less than 1e-13 of one."""
 
 
-def _two_sum(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def two_sum(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the sum of two floats and what rounding left of it: Knuth, TAOCP volume 2, section 4.2.2, theorem B."""
     total = a + b
     part = total - a
     return total, (a - (total - part)) + (b - part)
 
 
-def _precise(x: Any, axis: tuple[int, ...] | None, mask: Any) -> _Parts:
-    """Return (count, mean, M2, low) of one array."""
-    if uses_dask(x):
-        return dask_calls().computed(x, axis, mask)  # type: ignore[no-any-return]
+def parts_of(x: Any, axis: tuple[int, ...] | None, mask: Any) -> Parts:
+    """Return (count, mean, M2, low) of one array; `count` is one number where there is no mask."""
+    handler = handler_of(x)
+    if handler is not None:
+        return handler.moments(x, axis, mask)  # type: ignore[no-any-return]
     count, mean, m2 = _moments(x, axis, mask)
     low = np.zeros_like(mean)
-    if not 1 < count.max(initial=0) <= _FEW or (type(x) is not np.ndarray and uses_cuda(x)):
+    if not 1 < count.max(initial=0) <= _FEW:
         return count, mean, m2, low
-    source, form = arrays.as_input(x, "x")
-    if form.lane != np.float64:
+    source = as_input(x, "x")
+    if source.dtype.name not in WIDE:
         return count, mean, m2, low
     some = np.maximum(count, 1)
     with np.errstate(all="ignore"):
@@ -235,7 +249,7 @@ def _precise(x: Any, axis: tuple[int, ...] | None, mask: Any) -> _Parts:
             left = rest / some
             far &= np.isfinite(squares)
             m2 = np.where(far, squares - left * rest, m2)
-            mean, low = _two_sum(mean, np.where(far, left, 0.0))
+            mean, low = two_sum(mean, np.where(far, left, 0.0))
     return count, mean, m2, np.where(np.isfinite(low), low, 0.0)
 
 
@@ -245,7 +259,7 @@ def _deviations(
     """Return the sums of ``x - mean`` and of its squares along the axes, from some of the batch at a time."""
     axes = tuple(range(x.ndim)) if axis is None else tuple(a % x.ndim for a in axis)
     spread = np.expand_dims(mean, axes)
-    counted = None if mask is None else arrays.as_mask(mask, x.shape)
+    counted = None if mask is None else broadcast_mask(mask, x.shape)
     along = max(axes, key=x.shape.__getitem__)
     step = max(1, (1 << 17) * x.shape[along] // x.size)  # 1 MB of float64
     sums = np.zeros_like(mean), np.zeros_like(mean)
@@ -260,32 +274,21 @@ def _deviations(
 
 
 def _moments(x: Any, axis: tuple[int, ...] | None, mask: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (count, mean, M2) of one array."""
-    if type(x) is not np.ndarray and uses_cuda(x):
-        layout, stats, whole = cuda_module("calls").statistics(x, axis, mask)
-        return _of_rows(layout, stats, whole)
-    source, _ = arrays.as_input(x, "x")
+    """Return (count, mean, M2) of one array in host memory."""
+    source = as_input(x, "x")
     if source.ndim == 0:
         source = source.reshape(1)
-    counted = None if mask is None else arrays.as_mask(mask, source.shape)
+    counted = None if mask is None else as_array(mask, "mask")
     axes = tuple(range(source.ndim)) if axis is None else axis
-    strides = None if counted is None else counted.strides
-    place = (source.strides, source.itemsize)
-    work = plan("layer", (1, None, axes), source.shape, place, None, strides)
-    if work.x is None:  # rows would be gathered in a copy; a single axis that stays is read in place as channels
-        kept = [a for a in range(source.ndim) if a not in work.layout.reduced_axes]
+    measuring = measuring_for(OF_AXES, (1, None, axes), source, counted)
+    if measuring.call.x.packed is not None:  # rows would be gathered in a copy; a single axis that stays needs none
+        kept = [a for a in range(source.ndim) if a not in measuring.call.plan.layout.reduced_axes]
         if len(kept) == 1:
-            work = plan("batch", (kept[0], None, None), source.shape, place, None, strides)
-    layout = work.layout
-    if source.size == 0:
-        stats = np.zeros((4, layout.groups))
-    else:
-        flat_mask = None if counted is None else arrays.flat(counted, work.mask, work)
-        stats = cpu_backend().statistics(work, arrays.flat(source, work.x, work), flat_mask)
-    return _of_rows(layout, stats, counted is None)
+            measuring = measuring_for(OF_CHANNELS, (kept[0], None, None), source, counted)
+    return statistics_of(measuring.call.plan.layout, measuring.run(source, counted), counted is None)
 
 
-def _of_rows(layout: Layout, stats: np.ndarray, whole: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def statistics_of(layout: Layout, stats: np.ndarray, whole: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (count, mean, M2) of a backend's statistics; `whole`: every element counts."""
     kept = tuple(n for a, n in enumerate(layout.shape) if a not in layout.reduced_axes)
     count, mean, m2 = (public_statistic(stats[row], layout).reshape(kept) for row in (COUNT, MEAN, M2))

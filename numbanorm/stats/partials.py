@@ -1,13 +1,17 @@
 """Pieces: what a norm does on a part of its groups, for arrays that lie in files, chunks or other processes.
 
 Forward: take `Moments` of every piece, merge them, `normalize` every piece with the result. Backward: take the two sums
-of every piece (`channel_sums`, `row_sums`), add them, divide them by the count of the whole group, and get every
-piece's gradient (`channel_gradient`, `row_gradient`). With ``h = (x - mean) * rstd`` and ``g = dy * weight`` [1]_::
+of every piece (`sums`), add them, divide them by the count of the whole group, and get every piece's gradient
+(`gradient`). Norms by channel and norms over axes have these functions of their own, too (`channel_sums` and
+`channel_gradient`, `row_sums` and `row_gradient`). With ``h = (x - mean) * rstd`` and ``g = dy * weight`` [1]_::
 
     dx = rstd * (g - mean(g) - h * mean(g * h))
 
 where elements that a mask leaves out have ``dx = rstd * g``, and means are sums over all elements by the count of those
-that the mask lets in.
+that the mask lets in. Of an L2 norm, ``mean(g * h)`` is the sum itself, by 1, or 0 where the factor is clamped.
+
+Pieces may be CUDA arrays; statistics, means, weights and masks lie in host memory then, as sums and gradients of
+weights do that are returned.
 
 References
 ----------
@@ -21,10 +25,23 @@ from typing import Any
 
 import numpy as np
 
-from ..calls import arrays
-from ..calls.dispatch import cpu_backend
-from ..calls.host import Call, given_statistic, parameter, public_statistic
-from ..core.plan import COUNT, M2, MEAN, RSTD, Options, Plan, plan
+from ..calls import check
+from ..calls.arrays import as_array, as_input, as_parameter, broadcast_mask
+from ..calls.dispatch import handler_of
+from ..calls.gradients import partial_for
+from ..calls.prepared import applying_for
+from ..core.norms import (
+    CHANNEL,
+    OF_AXES,
+    OF_AXES_UNCENTRED,
+    OF_CHANNELS,
+    OF_SAMPLES_CHANNELS,
+    SAMPLE,
+    SPACE,
+    record_of,
+)
+from ..core.plan import Options
+from ..core.spec import spec_of
 
 
 def normalize(
@@ -43,14 +60,14 @@ def normalize(
     Parameters
     ----------
     norm : str
-        ``"batch"``, ``"layer"``, ``"instance"``, ``"group"`` or ``"rms"``.
+        A key of `numbanorm.core.norms.NORMS`.
     options : tuple
-        ``(channel_axis, num_groups, axis)`` as `numbanorm.plan.plan` takes them; for layer and RMS norm the first is 1
+        ``(channel_axis, num_groups, axis)`` as `numbanorm.core.plan.plan` takes them; for norms over axes the first is 1
         and `axis` the normalized axes.
     x : array_like
         The piece, of any dtype that the functions take.
     mean, rstd : ndarray
-        Float dtype, shaped as the functions return them for the piece; `mean` is None for RMS norm.
+        Float dtype, shaped as the functions return them for the piece; `mean` is None where the norm has none.
     weight, bias : array_like, optional
         Those of the piece's channels or normalized elements.
     out : ndarray, optional
@@ -67,16 +84,169 @@ def normalize(
     >>> normalize("layer", (1, None, (1,)), np.array([[1.0, 3.0]]), np.array([[2.0]]), np.array([[0.5]]))
     array([[-0.5,  0.5]])
     """
-    source, form = arrays.as_input(x, "x")
-    call = Call(norm, options, x, source, form, weight, bias, out=out)
-    layout = call.plan.layout
-    stats = np.zeros((4, layout.groups))
-    stats[COUNT] = layout.count
-    stats[MEAN] = given_statistic(mean, "mean", layout) if layout.centred else 0.0
-    stats[M2] = 0.0
-    stats[RSTD] = given_statistic(rstd, "rstd", layout)
-    call.apply(stats)
-    return call.result(stats, False)
+    serving = handler_of(x)
+    if serving is not None:
+        return serving.normalize(norm, options, x, mean, rstd, weight, bias)
+    source = as_input(x, "x")
+    lane = check.check_format(source.dtype, "x").lane
+    target = None if out is None else as_array(out, "out")
+    arrays = source, as_parameter(weight, "weight", lane), as_parameter(bias, "bias", lane)
+    prepared = applying_for(norm, options, *arrays, target)
+    y = prepared.apply(*arrays, target, prepared.statistics(mean, rstd))
+    return y if out is None else out
+
+
+class Maps:
+    """Which axes of a piece do what for a norm; groups of channels are of one channel in a piece.
+
+    Parameters
+    ----------
+    norm, options
+        As `normalize` takes them.
+    ndim : int
+        Dimensions of the piece.
+
+    Attributes
+    ----------
+    record : NormRecord
+        The norm.
+    channel : int
+        The axis of the channels, for a norm by channel.
+    over : tuple of int
+        The axes along which elements share statistics.
+    stats_axes : tuple of int
+        Those of a statistic, in the order in which the functions return it: samples and channels first, or all axes.
+    weight_axes : tuple of int
+        Those of a weight; none where one serves all elements.
+    channelwise : bool
+        Whether statistics are those of channels, or of channels of samples.
+    """
+
+    def __init__(self, norm: str, options: Options, ndim: int) -> None:
+        self.record = record_of(norm)
+        channel_axis, _, axis = options
+        every = tuple(range(ndim))
+        self.channel = channel = channel_axis % ndim
+        if axis is not None:
+            self.over = along = tuple(a % ndim for a in axis)
+            self.stats_axes, self.channelwise = every, False
+        else:
+            sample, along = _sample_axis(channel, ndim), (channel,)
+            roles = dict.fromkeys(every, SPACE) | {sample: SAMPLE, channel: CHANNEL}
+            shared = self.record.reduced - ({CHANNEL} if self.record.grouped else set())
+            self.over = tuple(a for a in every if roles[a] in shared)
+            self.stats_axes = tuple(a for a in dict.fromkeys((sample, channel, *every)) if a not in self.over)
+            self.channelwise = self.stats_axes in ((channel,), (sample, channel))
+        self.weight_axes = along if self.record.affine_roles else ()
+
+    @property
+    def within(self) -> bool:
+        """Whether all axes of a weight are axes of the groups."""
+        return set(self.weight_axes) <= set(self.over)
+
+    def rows(self, statistic: Any) -> Any:
+        """Return a statistic with 1 for the axes that it is taken over; None for None."""
+        if statistic is None or not self.record.by_channel:
+            return statistic
+        return np.expand_dims(np.asarray(statistic).transpose(np.argsort(self.stats_axes)), self.over)
+
+    def public(self, rows: np.ndarray) -> np.ndarray:
+        """Return what has 1 for these axes as the functions return it."""
+        if not self.record.by_channel:
+            return rows
+        return rows.squeeze(self.over).transpose(np.argsort(np.argsort(self.stats_axes)))
+
+    def weight(self, weight: Any, shape: tuple[int, ...], axes: tuple[int, ...] | None = None) -> Any:
+        """Return a weight with 1 for those of `axes`, all if None, along which it does not differ; None for None."""
+        of = range(len(shape)) if axes is None else axes
+        lengths = [shape[a] if a in self.weight_axes else 1 for a in of]
+        return None if weight is None else np.asarray(weight).reshape(lengths)
+
+
+def sums(
+    norm: str, options: Options, dy: Any, x: Any, mean: Any, rstd: Any, weight: Any = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sums of ``g`` and of ``g * h`` over the part of every group that lies in a piece.
+
+    Parameters
+    ----------
+    norm, options, x, mean, rstd
+        As `normalize` takes them; groups of channels are of one channel.
+    dy : array_like, shape of `x`
+        Gradient of the result.
+    weight : array_like, optional
+        gamma, where it differs within the groups of the piece; elsewhere None, and ``g`` is `dy`.
+
+    Returns
+    -------
+    sum_g, sum_gh : ndarray, float64, shape of `rstd`
+        The sums.
+    """
+    serving = handler_of(x)
+    if serving is not None:
+        return serving.partial_sums(norm, options, dy, x, mean, rstd, weight)  # type: ignore[no-any-return]
+    maps = Maps(norm, options, np.ndim(x))
+    if maps.channelwise:
+        return channel_sums(dy, x, np.zeros_like(rstd) if mean is None else mean, rstd, channel_axis=maps.channel)
+    of_rows = maps.weight(weight, x.shape, maps.over)
+    first, second = row_sums(dy, x, maps.rows(mean), maps.rows(rstd), of_rows, axis=maps.over)
+    return maps.public(first), maps.public(second)
+
+
+def gradient(
+    norm: str,
+    options: Options,
+    dy: Any,
+    x: Any,
+    mean: Any,
+    rstd: Any,
+    mean_g: Any,
+    mean_gh: Any,
+    weight: Any = None,
+    mask: Any = None,
+) -> tuple[Any, ...]:
+    """Return dx of a piece and, where weights differ within its groups, its share of dweight and dbias.
+
+    Parameters
+    ----------
+    norm, options, dy, x, mean, rstd
+        As for `sums`.
+    mean_g, mean_gh : ndarray, float64, shape of `rstd`
+        What `sums` returns, added over all pieces and divided by the count of the whole group; 0 where nothing counts.
+        Where `NormRecord.weights_within_groups` is true, ``g`` has the weight in it.
+    weight : array_like, optional
+        gamma.
+    mask : array_like of bool, optional
+        True where an element counted.
+    """
+    serving = handler_of(x)
+    if serving is not None:
+        own = (dy, x, mean, rstd, mean_g, mean_gh, weight, mask)
+        return serving.partial_gradient(norm, options, *own)  # type: ignore[no-any-return]
+    maps = Maps(norm, options, np.ndim(x))
+    record, shape = maps.record, x.shape
+    own: Any
+    spread = maps.weight(weight, shape)
+    if maps.channelwise:
+        if weight is not None and record.grouped:  # the means have the weight in them
+            dy, weight = dy * spread, None
+        elif weight is not None:
+            weight = np.broadcast_to(weight, shape[maps.channel])
+        if mean is None:
+            mean = mean_g = np.zeros_like(rstd)
+        own = (dy, x, mean, rstd, mean_g, mean_gh, weight)
+        return (channel_gradient(*own, channel_axis=maps.channel, mask=mask),)
+    of_rows = maps.rows(mean), maps.rows(rstd)
+    means = [maps.rows(part) for part in (mean_g, mean_gh)]
+    if weight is not None and not record.weights_within_groups:
+        means = [part * spread for part in means]
+    if not maps.within:
+        return row_gradient(dy if weight is None else dy * spread, x, *of_rows, *means, axis=maps.over, mask=mask)[:1]
+    if weight is None and record.by_channel:
+        weight = np.ones([shape[a] for a in maps.weight_axes])
+    own = (dy, x, *of_rows, *means, maps.weight(weight, shape, maps.over))
+    dx, *parts = row_gradient(*own, axis=maps.over, mask=mask)
+    return dx, *(part.reshape([shape[a] for a in maps.weight_axes]) for part in parts)
 
 
 def channel_sums(dy: Any, x: Any, mean: Any, rstd: Any, *, channel_axis: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -98,12 +268,15 @@ def channel_sums(dy: Any, x: Any, mean: Any, rstd: Any, *, channel_axis: int = 1
     sum_dy, sum_dyh : ndarray, float64, shape of `mean`
         The sums; of the weight of nothing.
     """
+    norm, options = _channelwise(mean), (channel_axis, None, None)
+    serving = handler_of(x)
+    if serving is not None:
+        return serving.partial_sums(norm, options, dy, x, mean, rstd)  # type: ignore[no-any-return]
     parts = _by_sample(x, dy, mean, rstd, None, channel_axis)
     if parts is not None:
         sums = [channel_sums(d, part, m, r, channel_axis=channel_axis) for part, d, m, r, _ in parts]
         return np.concatenate([s for s, _ in sums]), np.concatenate([s for _, s in sums])
-    piece = _Piece(_channelwise(mean), (channel_axis, None, None), dy, x, mean, rstd)
-    return piece.sums(None)
+    return _Part(norm, options, dy, x, mean, rstd, None).sums()
 
 
 def channel_gradient(
@@ -138,30 +311,33 @@ def channel_gradient(
     dx : ndarray, shape of `x`
         Gradient of the input.
     """
-    counted = None if mask is None else arrays.as_mask(mask, arrays.as_array(x, "x").shape)
+    norm, options = _channelwise(mean), (channel_axis, None, None)
+    serving = handler_of(x)
+    if serving is not None:
+        own = (dy, x, mean, rstd, mean_dy, mean_dyh, weight, mask)
+        return serving.partial_gradient(norm, options, *own)[0]  # type: ignore[no-any-return]
+    counted = None if mask is None else broadcast_mask(mask, as_array(x, "x").shape)
     parts = _by_sample(x, dy, mean, rstd, counted, channel_axis)
     if parts is not None:
         given = zip(np.split(mean_dy, len(mean_dy)), np.split(mean_dyh, len(mean_dyh)), strict=True)
-        options: dict[str, Any] = {"channel_axis": channel_axis}
         results = [
-            channel_gradient(d, part, m, r, a, b, weight, mask=c, **options)
+            channel_gradient(d, part, m, r, a, b, weight, channel_axis=channel_axis, mask=c)
             for (part, d, m, r, c), (a, b) in zip(parts, given, strict=True)
         ]
         return np.concatenate(results, axis=_sample_axis(channel_axis, np.ndim(results[0])))
-    piece = _Piece(_channelwise(mean), (channel_axis, None, None), dy, x, mean, rstd, counted)
-    return piece.gradient(weight, mean_dy, mean_dyh)[0]
+    return _Part(norm, options, dy, x, mean, rstd, weight, counted).gradient(mean_dy, mean_dyh)[0]
 
 
 def row_sums(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any = None, *, axis: tuple[int, ...]) -> tuple[Any, Any]:
-    """Return the sums of ``g`` and of ``g * h`` along the normalized axes of a piece of layer or RMS norm.
+    """Return the sums of ``g`` and of ``g * h`` along the normalized axes of a piece of a norm over axes.
 
     Parameters
     ----------
     dy, x : array_like
         Gradient of the output, and input.
     mean, rstd : ndarray, shape of `x` with 1 for `axis`
-        Statistics; `mean` is None for RMS norm.
-    weight : array_like, shape of the piece along `axis`, optional
+        Statistics; `mean` is None where the norm has none.
+    weight : array_like, broadcastable to the shape of the piece along `axis`, optional
         gamma.
     axis : tuple of int
         The normalized axes.
@@ -171,8 +347,11 @@ def row_sums(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any = None, *, axis:
     sum_g, sum_gh : ndarray, float64, shape of `rstd`
         The sums.
     """
-    rows = _Rows(dy, x, mean, rstd, weight, axis, None)
-    return rows.sums()
+    serving = handler_of(x)
+    if serving is not None:
+        norm, along = _along(serving, x, mean, weight, axis)
+        return serving.partial_sums(norm, (1, None, axis), dy, x, mean, rstd, along)  # type: ignore[no-any-return]
+    return _Rows(dy, x, mean, rstd, weight, axis, None).sums()
 
 
 def row_gradient(
@@ -186,8 +365,8 @@ def row_gradient(
     *,
     axis: tuple[int, ...],
     mask: Any = None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return dx, dweight and dbias of a piece of layer or RMS norm; dbias is empty for RMS norm.
+) -> tuple[Any, ...]:
+    """Return dx, dweight and, where there is a mean, dbias of a piece of a norm over axes, shaped as the weight is.
 
     Parameters
     ----------
@@ -198,110 +377,109 @@ def row_gradient(
     mask : array_like of bool, optional
         True where an element counted.
     """
-    rows = _Rows(dy, x, mean, rstd, weight, axis, mask)
-    dx, dweight, dbias = rows.piece.gradient(rows.weight, rows.inner(mean_g), rows.inner(mean_gh))
-    return rows.whole(dx), dweight.reshape(rows.along), dbias.reshape(rows.along if dbias.size else 0)
+    serving = handler_of(x)
+    if serving is None:
+        dx, *gradients = _Rows(dy, x, mean, rstd, weight, axis, mask).gradient(mean_g, mean_gh)
+    else:
+        norm, along = _along(serving, x, mean, weight, axis)
+        own = (dy, x, mean, rstd, mean_g, mean_gh, along, mask)
+        dx, *gradients = serving.partial_gradient(norm, (1, None, axis), *own)
+        gradients = [serving.placed(part, "cpu") for part in gradients]
+    return dx, *(part if weight is None else _gathered(part, np.shape(weight)) for part in gradients)
 
 
-class _Piece:
-    """The checked arrays of one piece and their plan."""
+def _along(serving: Any, x: Any, mean: Any, weight: Any, axis: tuple[int, ...]) -> tuple[str, Any]:
+    """Return the norm over axes that has a mean if there is one, and the weights of all elements along these."""
+    shape = serving.shape_of(x)
+    whole = None if weight is None else np.ascontiguousarray(np.broadcast_to(weight, [shape[a] for a in axis]))
+    return OF_AXES_UNCENTRED if mean is None else OF_AXES, whole
+
+
+def _gathered(part: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Add up what belongs to one weight of so many, which were broadcast."""
+    lead = part.ndim - len(shape)
+    axes = tuple(a for a, n in enumerate(part.shape) if a < lead or n != shape[a - lead])
+    return np.asarray(part.sum(axes, dtype=np.float64)).reshape(shape) if axes else part
+
+
+class _Part:
+    """The checked arrays of one part, and what serves it."""
 
     def __init__(
-        self, norm: str, options: Options, dy: Any, x: Any, mean: Any, rstd: Any, mask: np.ndarray | None = None
+        self, norm: str, options: Options, dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, mask: Any = None
     ) -> None:
-        source, form = arrays.as_input(x, "x")
-        gradient, gradient_form = arrays.as_input(dy, "dy")
-        if gradient.shape != source.shape:
-            raise ValueError(f"dy: expected the shape of x, {source.shape}, got {gradient.shape}")
-        if not gradient_form.is_float:
-            raise TypeError(f"dy: expected a float dtype, got {gradient.dtype}")
-        gradient = gradient.astype(form.result, copy=False)
-        places = (source.strides, source.itemsize), (gradient.strides, gradient.itemsize)
-        masked = None if mask is None else mask.strides
-        self.plan: Plan = plan(norm, options, source.shape, *places, masked, separable=True)
-        self._x, self._dy, self._mask, self._form = source, gradient, mask, form
-        layout = self.plan.layout
-        self._mean = given_statistic(mean, "mean", layout) if layout.centred else np.zeros(1)
-        self._rstd = given_statistic(rstd, "rstd", layout)
+        source, gradient = as_input(x, "x"), as_input(dy, "dy")
+        form = check.check_format(source.dtype, "x")
+        w = as_parameter(weight, "weight", form.lane)
+        means = None if mean is None else np.asarray(mean)
+        self._arrays = gradient, source, means, np.asarray(rstd), w
+        self._mask = mask
+        self._served = partial_for(norm, options, *self._arrays, mask)
 
-    def _flat(self) -> tuple[np.ndarray, np.ndarray]:
-        work = self.plan
-        return arrays.flat(self._dy, work.y, work), arrays.flat(self._x, work.x, work)
+    @property
+    def columns(self) -> bool:
+        """Whether the kernel of columns serves it."""
+        return self._served.call.plan.columns
 
-    def _parameter(self, weight: Any) -> np.ndarray | None:
-        return None if weight is None else parameter(weight, "weight", self.plan.layout, self._form.lane)
+    def sums(self) -> tuple[np.ndarray, np.ndarray]:
+        return self._served.sums(*self._arrays)
 
-    def sums(self, weight: Any) -> tuple[np.ndarray, np.ndarray]:
-        work = self.plan
-        if work.size == 0:
-            sums = np.zeros((2, work.layout.groups))
-        else:
-            sums = cpu_backend().piece_sums(work, *self._flat(), self._parameter(weight), self._mean, self._rstd)
-        first, second = (public_statistic(row, work.layout) for row in sums)
-        return first, second
-
-    def gradient(self, weight: Any, first: Any, second: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        work = self.plan
-        layout = work.layout
-        dx = arrays.fresh(work, self._form.result, self._x, self._dy)
-        if work.size == 0:
-            return dx, np.zeros(layout.size), np.zeros(layout.size if layout.centred else 0)
-        means = np.stack([given_statistic(a, "means", layout) for a in (first, second)])
-        mask = None if self._mask is None else arrays.flat(self._mask, work.mask, work)
-        target = arrays.flat(dx, work.packed, work)
-        statistics = self._mean, self._rstd, means
-        dweight, dbias = cpu_backend().piece_gradient(
-            work, *self._flat(), target, self._parameter(weight), *statistics, mask
-        )
-        if work.reordered:
-            packed, dx = dx, np.empty_like(self._x, self._form.result)
-            np.copyto(dx, packed)
-        return dx, dweight, dbias
+    def gradient(self, first: Any, second: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Return dx and the gradients of weights along the groups, shape (2, size)."""
+        return self._served.gradient(*self._arrays, self._mask, (first, second))
 
 
 class _Rows:
-    """A piece of layer or RMS norm as rows: normalized axes moved last, shape (rows, elements)."""
+    """A piece of a norm over axes as rows: normalized axes moved last, shape (rows, elements)."""
 
     def __init__(self, dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, axis: tuple[int, ...], mask: Any) -> None:
-        source = arrays.as_array(x, "x")
-        counted = None if mask is None else arrays.as_mask(mask, source.shape)
+        source = as_array(x, "x")
+        counted = None if mask is None else broadcast_mask(mask, source.shape)
         self._shape = source.shape
         self._axis = axis
-        self.along = tuple(source.shape[a] for a in axis)
+        self._along = tuple(source.shape[a] for a in axis)
         self._outer = np.shape(rstd)
-        width = int(np.prod(self.along, dtype=np.int64))
+        width = int(np.prod(self._along, dtype=np.int64))
         self._rows = (source.size // width if width else int(np.prod(self._outer, dtype=np.int64)), width)
-        self.weight = None if weight is None else arrays.as_array(weight, "weight").reshape(-1)
-        norm = "rms" if mean is None else "layer"
-        given_mean = None if mean is None else self.inner(mean)
-        dy_rows, x_rows = self._moved(arrays.as_array(dy, "dy")), self._moved(source)
-        mask_rows = None if counted is None else self._moved(counted)
-        self.piece = _Piece(norm, (1, None, (1,)), dy_rows, x_rows, given_mean, self.inner(rstd), mask_rows)
+        given = None if weight is None else as_array(weight, "weight")
+        flat = None if given is None else np.broadcast_to(given, self._along).reshape(-1)
+        one = flat is not None and flat.size == 1  # which the kernel takes for that of a channel
+        self._factor = np.float64(flat[0]) if one and flat is not None else 1.0
+        norm = OF_AXES_UNCENTRED if mean is None else OF_AXES
+        self._gradients = len(record_of(norm).parameters)
+        gradient = as_array(dy, "dy")
+        check.check_gradient(spec_of(gradient), spec_of(source))
+        arrays = (self._moved(gradient), self._moved(source))
+        statistics = (None if mean is None else _column(mean), _column(rstd))
+        marked = None if counted is None else self._moved(counted)
+        self._part = _Part(norm, (1, None, (1,)), *arrays, *statistics, flat, marked)
+        self._unweighted = _Part(norm, (1, None, (1,)), *arrays, *statistics, None) if one else self._part
 
     def _moved(self, array: np.ndarray) -> np.ndarray:
-        if array.shape != self._shape:
-            raise ValueError(f"dy: expected the shape of x, {self._shape}, got {array.shape}")
         last = tuple(range(-len(self._axis), 0))
         return np.ascontiguousarray(np.moveaxis(array, self._axis, last)).reshape(self._rows)
 
     def sums(self) -> tuple[np.ndarray, np.ndarray]:
-        one = self.weight is not None and self.weight.size == 1  # which the kernel takes for that of a channel
-        first, second = self.piece.sums(None if one else self.weight)
-        factor = np.float64(self.weight[0]) if one and self.weight is not None else 1.0
-        return (first * factor).reshape(self._outer), (second * factor).reshape(self._outer)
+        """Return the two sums of every row."""
+        first, second = self._unweighted.sums()
+        return (first * self._factor).reshape(self._outer), (second * self._factor).reshape(self._outer)
 
-    def inner(self, statistic: Any) -> np.ndarray:
-        return np.asarray(statistic).reshape(-1, 1)
-
-    def whole(self, dx: np.ndarray) -> np.ndarray:
+    def gradient(self, mean_g: Any, mean_gh: Any) -> tuple[np.ndarray, ...]:
+        """Return dx and the gradients of the weights of all elements along the axes."""
+        dx, gradients = self._part.gradient(_column(mean_g), _column(mean_gh))
         last = tuple(range(-len(self._axis), 0))
         axes = [a % len(self._shape) for a in self._axis]
         outer = [n for a, n in enumerate(self._shape) if a not in axes]
-        return np.moveaxis(dx.reshape(*outer, *self.along), last, self._axis)
+        dx = np.moveaxis(dx.reshape(*outer, *self._along), last, self._axis)
+        return dx, *gradients[: self._gradients].reshape(-1, *self._along)
+
+
+def _column(statistic: Any) -> np.ndarray:
+    return np.asarray(statistic).reshape(-1, 1)
 
 
 def _channelwise(mean: Any) -> str:
-    return "instance" if np.ndim(mean) == 2 else "batch"
+    return OF_SAMPLES_CHANNELS if np.ndim(mean) == 2 else OF_CHANNELS
 
 
 def _sample_axis(channel_axis: int, ndim: int) -> int:
@@ -314,12 +492,12 @@ def _by_sample(
     """Cut a piece into samples where the columns kernel would have to take several at once, which it cannot here."""
     if np.ndim(mean) != 2 or np.shape(mean)[0] < 2:
         return None
-    if not _Piece("instance", (channel_axis, None, None), dy, x, mean, rstd, mask).plan.columns:
+    if not _Part(OF_SAMPLES_CHANNELS, (channel_axis, None, None), dy, x, mean, rstd, None, mask).columns:
         return None
-    source, _ = arrays.as_input(x, "x")
+    source = as_input(x, "x")
     axis = _sample_axis(channel_axis, source.ndim)
     n = source.shape[axis]
-    cut = [np.split(arrays.as_array(a, "dy"), n, axis) for a in (source, dy)]
+    cut = [np.split(as_array(a, "dy"), n, axis) for a in (source, dy)]
     statistics = [np.split(np.asarray(s), n) for s in (mean, rstd)]
     masks = [None] * n if mask is None else np.split(mask, n, axis)
     return list(zip(*cut, *statistics, masks, strict=True))

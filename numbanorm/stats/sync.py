@@ -48,16 +48,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ..calls import arrays
-from ..calls.check import check_eps, check_momentum
-from ..calls.host import Call, _Running
+from ..calls import check, running
+from ..calls.arrays import as_array, as_input, as_mask, as_parameter, way_back
+from ..calls.prepared import applying_for
 from ..core.plan import COUNT, M2, MEAN, RSTD, Options
-from . import partials as pieces
+from ..core.spec import spec_of
+from . import partials
 from .fit import moments_of
 from .moments import Moments
 
 if TYPE_CHECKING:
-    from ..layers.base import BatchNorm
+    from ..layers.norms import BatchNorm
 
 
 class Shared(NamedTuple):
@@ -98,10 +99,10 @@ def forward(layer: BatchNorm, x: Any, mask: Any, out: Any) -> tuple[Any, np.ndar
     message = np.zeros(2 + 4 * channels)
     problem: Exception | None = None
     try:
-        call, running, momentum = _checked(layer, x, mask, out)
+        call = _Call(layer, x, mask, out)
         own = moments_of(layer, x, mask)
-        message[1] = call.plan.layout.count
-        parts = own.count, own.mean, own._m2, own._low
+        message[1] = call.count
+        parts = own.count, own.mean, own.m2, own.low
         message[2:] = np.concatenate([np.broadcast_to(part, channels) for part in parts])
     except Exception as error:  # whatever it is, the others must hear of it
         problem = error
@@ -116,52 +117,79 @@ def forward(layer: BatchNorm, x: Any, mask: Any, out: Any) -> tuple[Any, np.ndar
     stats[COUNT], stats[MEAN] = count, total.mean
     stats[M2] = np.where(count > 0, total.var() * count, 0.0)
     with np.errstate(all="ignore"):
-        stats[RSTD] = 1.0 / np.sqrt(stats[M2] / np.maximum(count, 1) + check_eps(layer.eps))
-    call.apply(stats)
-    if running is not None and count.any():
-        running.update(stats, momentum)
+        stats[RSTD] = layer.record.rstd(stats[M2] / np.maximum(count, 1), count, check.check_eps(layer.eps))
+    y = call.run(stats)
+    if call.momentum is not None and count.any():
+        running.move(layer.running_mean, layer.running_var, count, stats[MEAN], stats[M2], call.momentum)
         layer.num_batches_tracked = (layer.num_batches_tracked or 0) + 1
     rstd = stats[RSTD]
-    return call.result(stats, False), stats[MEAN], rstd, Shared(sync, rstd, count)
+    return y, stats[MEAN], rstd, Shared(sync, rstd, count)
 
 
 def backward(layer: BatchNorm, dy: Any, last: Any, shared: Shared) -> tuple[Any, ...]:
     """Return dx, through the statistics of all processes, and the own batch's dweight and dbias."""
     axis = layer.channel_axis
     channels = layer.num_features
+    mean, rstd = last.statistics
     message = np.zeros(1 + 2 * channels)
     problem: Exception | None = None
     try:
-        sum_dy, sum_dyh = pieces.channel_sums(dy, last.x, last.mean, last.rstd, channel_axis=axis)
+        sum_dy, sum_dyh = partials.channel_sums(dy, last.x, mean, rstd, channel_axis=axis)
         message[1:] = np.concatenate([sum_dy, sum_dyh])
     except Exception as error:
         problem = error
     messages = _gathered(shared.sync, message, problem)
     means = messages[:, 1:].sum(axis=0).reshape(2, channels) / np.maximum(shared.counted, 1)
-    dx = pieces.channel_gradient(
-        dy, last.x, last.mean, last.rstd, means[0], means[1], layer.weight, channel_axis=axis, mask=last.mask
+    dx = partials.channel_gradient(
+        dy, last.x, mean, rstd, means[0], means[1], layer.weight, channel_axis=axis, mask=last.mask
     )
-    _, form = arrays.as_input(last.x, "x")
-    dtype = form.lane if layer.weight is None else arrays.as_array(layer.weight, "weight").dtype
+    lane = check.check_format(as_input(last.x, "x").dtype, "x").lane
+    dtype = lane if layer.weight is None else as_array(layer.weight, "weight").dtype
     results = dx, sum_dyh.astype(dtype), sum_dy.astype(dtype)
-    back = arrays.way_back(last.x)
+    back = way_back(last.x)
     return results if back is None else tuple(map(back, results))
 
 
-def _checked(layer: BatchNorm, x: Any, mask: Any, out: Any) -> tuple[Call, _Running | None, float]:
-    """Check all that may be wrong with a call, and allocate its output, before anything is said to the others."""
-    source, form = arrays.as_input(x, "x")
-    layer.layout(source.shape)
-    options: Options = (layer.channel_axis, None, None)
-    call = Call("batch", options, x, source, form, layer.weight, layer.bias, mask=mask, out=out)
-    check_eps(layer.eps)
-    tracked = layer.num_batches_tracked
-    if tracked is None:
-        return call, None, 0.0
-    running = _Running(layer.running_mean, layer.running_var, layer.num_features)
-    running.check_writeable(layer.running_mean, layer.running_var)
-    momentum = 1.0 / (tracked + 1) if layer.momentum is None else layer.momentum
-    return call, running, check_momentum(momentum)
+class _Call:
+    """A call whose arguments have all been checked, before anything is said to the others."""
+
+    def __init__(self, layer: BatchNorm, x: Any, mask: Any, out: Any) -> None:
+        source = as_input(x, "x")
+        self.count = layer.layout(source.shape).count
+        check.check_eps(layer.eps)
+        marked = as_mask(mask, layer.record)
+        if marked is not None:
+            check.check_mask(spec_of(marked), source.shape)
+        lane = check.check_format(source.dtype, "x").lane
+        weight = as_parameter(layer.weight, "weight", lane)
+        bias = as_parameter(layer.bias, "bias", lane)
+        target = None if out is None else as_array(out, "out")
+        self._arrays = source, weight, bias
+        self._out, self._target = out, target
+        self._back = way_back(x)
+        options: Options = (layer.channel_axis, None, None)
+        self._prepared = applying_for(layer.kind, options, *self._arrays, target)
+        if target is not None:
+            check.check_output(spec_of(target), target.shape, target.dtype, target.flags.writeable)
+            check.check_apart(target, {"x": source, "weight": weight, "bias": bias, "mask": marked})
+        tracked = layer.num_batches_tracked
+        self.momentum = None if tracked is None else check.share_of(layer.momentum, tracked)
+        if tracked is not None:
+            statistics = layer.running_mean, layer.running_var
+            for name, array in zip(("running_mean", "running_var"), statistics, strict=True):
+                if not isinstance(array, np.ndarray):
+                    raise TypeError(f"{name}: expected an array to update in place, got {type(array).__name__}")
+                check.check_updatable(spec_of(array), name, array.flags.writeable)
+            check.check_running(*map(spec_of, statistics), layer.num_features)
+            check.check_two(*statistics)
+
+    def run(self, stats: np.ndarray) -> Any:
+        """Return the batch, normalized with these statistics."""
+        x, weight, bias = self._arrays
+        y = self._prepared.apply(x, weight, bias, self._target, stats)
+        if self._out is not None:
+            return self._out
+        return y if self._back is None else self._back(y)
 
 
 def _gathered(sync: Any, message: np.ndarray, problem: Exception | None) -> np.ndarray:

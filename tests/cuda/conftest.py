@@ -8,9 +8,6 @@ from typing import Any
 
 import pytest
 
-# Helpers, not tests; the simulator must not be imported by chance: it decides how kernels are made.
-collect_ignore = ["simulator.py", "compiled.py", "cases.py", "gpu.py"]
-
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 
 
@@ -20,8 +17,8 @@ def device() -> Iterator[Any]:
     if SIMULATED:
         import simulator as memory
     else:
-        import gpu as memory
-    from cases import Device
+        import gpu_memory as memory
+    from kernel_cases import Device
 
     yield Device(memory.place, memory.allocate, memory.view)
     memory.clear()

@@ -18,8 +18,9 @@ if toolchain.SIMULATED:
 
 from compiled import ARCHITECTURES, Compiled, compiled  # noqa: E402
 
+from numbanorm.core.norms import record_of  # noqa: E402
 from numbanorm.core.plan import Plan, plan  # noqa: E402
-from numbanorm.cuda import columns, columns_backward, launch, launch_backward, rows, rows_backward, sums  # noqa: E402
+from numbanorm.cuda import columns, columns_backward, launch, launch_backward, rows, rows_backward, rows_fused, sums  # noqa: E402  # noqa: E402
 from numbanorm.cuda.launch import Call, Columns, Rows  # noqa: E402
 from numbanorm.cuda.launch_backward import Backward  # noqa: E402
 
@@ -48,7 +49,7 @@ def rows_choices() -> Iterator[Any]:
     """Yield what the rows kernel is compiled for: (its name, its choice)."""
 
     def one(norm: str, shape: tuple[int, ...], dtype: str, part: Any = ("x", "stats", True), **how: Any) -> Rows:
-        call = Call(dtype, dtype, True, norm != "rms", how.pop("masked", False), how.pop("added", False))
+        call = Call(dtype, dtype, True, record_of(norm).bias, how.pop("masked", False), how.pop("added", False))
         call = call._replace(low=(how.pop("low"),) * 7 if "low" in how else ())
         return launch.rows(plan_of(norm, shape, dtype, call.mask, **how), call, *part).choice
 
@@ -75,6 +76,10 @@ def rows_choices() -> Iterator[Any]:
     ):
         yield one("batch", (64, 64, 56, 56), "float32", part)
     yield one("batch", (64, 64, 56, 56), "bfloat16", ("x", "table", False), masked=True)
+    for width in (1024, 8192, 65536):
+        yield one("l2", (4096, width), "float32", axis=(1,))
+    yield one("l2", (4096, 16384), "bfloat16", axis=(1,))
+    yield one("l2", (8, 1 << 20), "float64", ("table", "stats", True), axis=(1,))
 
 
 def columns_choices() -> Iterator[tuple[str, Columns]]:
@@ -89,6 +94,8 @@ def columns_choices() -> Iterator[tuple[str, Columns]]:
         yield part, launch.columns(masked, call._replace(mask=True), part).choice
         odd = plan_of("group", (64, 3136, 12), "float32", num_groups=4, channel_axis=2)
         yield part, launch.columns(odd, call._replace(low=(4,) * 7), part).choice
+    for dtype in ("float32", "bfloat16", "float64"):
+        yield "sums", launch.columns(plan_of("l2", (65536, 256), dtype, axis=(0,)), Call(dtype, dtype), "sums").choice
 
 
 def backward_choices() -> Iterator[tuple[str, Backward]]:
@@ -112,13 +119,18 @@ def backward_choices() -> Iterator[tuple[str, Backward]]:
         yield from parts("layer", (4096, 16384), "bfloat16", axis=(1,), clusters=clusters)
     yield from parts("group", (64, 64, 56, 56), "float32", num_groups=8)
     yield from parts("batch", (64, 64, 56, 56), "bfloat16")
+    for width in (1024, 4096, 8192):
+        yield from parts("l2", (4096, width), "float32", axis=(1,))
+    yield from parts("l2", (4096, 4096), "float64", axis=(1,))
+    for clusters in (False, True):
+        yield from parts("l2", (4096, 16384), "bfloat16", axis=(1,), clusters=clusters)
 
 
 KERNELS = {
     "moments": columns.moments_kernel,
     "apply": columns.apply_kernel,
     "emit": lambda c: columns_backward.emit_kernel(c, False),
-    "fused": rows_backward.fused_kernel,
+    "fused": rows_fused.fused_kernel,
     "lanes": rows_backward.lanes_kernel,
 }
 
@@ -131,7 +143,7 @@ def kernel_of(part: str, choice: Any) -> toolchain.Kernel:
     return {**KERNELS, "sums": columns_backward.sums_kernel}[part](choice)
 
 
-_OF_ROWS = {"fused": rows_backward.fused_kernel, "lanes": rows_backward.lanes_kernel}
+_OF_ROWS = {"fused": rows_fused.fused_kernel, "lanes": rows_backward.lanes_kernel}
 
 
 @cache
@@ -146,7 +158,9 @@ CHOICES = list(
 )
 MERGES = {
     "close": lambda: columns.close_kernel(32, 128),
-    "groups": lambda: sums.groups_kernel(512, 512, False, True, True, True),
+    "close, l2": lambda: columns.close_kernel(32, 128, "l2"),
+    "groups": lambda: sums.groups_kernel(512, 512, False, True, True),
+    "groups, l2": lambda: sums.groups_kernel(512, 512, False, True, False, "l2"),
     "weights": lambda: sums.weights_kernel(512, 512, False),
     "slabs": lambda: sums.slabs_kernel(False),
     "row sums": lambda: columns_backward.rows_kernel(Backward("float32", "float32", False, 4, 2, 512, 512)),

@@ -23,7 +23,7 @@ KERNELS = {
         ("bfloat16", "bfloat16", "float64"),
     ]},
     **{f"fill {name}": copying._filler(name) for name in ("float32", "float64", "bfloat16")},
-    "given": running._given("float16", "float64"),
+    "given": running._as_statistics("float16", "float64"),
     "update": running._update("float32", "float32", False, True),
     "update, cumulative": running._update("bfloat16", "float64", True, False),
     "count": running._count_batch(),

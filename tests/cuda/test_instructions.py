@@ -20,7 +20,7 @@ import numpy as np  # noqa: E402
 from llvmlite import ir  # noqa: E402
 from numba.cuda import types  # noqa: E402
 
-from numbanorm.cuda import lanes, memory  # noqa: E402
+from numbanorm.cuda import affine, lanes, memory  # noqa: E402
 from numbanorm.cuda.lanes import Choice, Lanes  # noqa: E402
 
 HALVES_NEED = "f16c" if llvm.get_process_triple().startswith("x86") else ""
@@ -249,7 +249,7 @@ def test_masks(kind: str, rule: str) -> None:
 
 @pytest.mark.parametrize("vector", [1, 4, 8])
 @pytest.mark.parametrize("rule", ["flat", "whole", "runs", "rows"])
-@pytest.mark.parametrize("kind", ["along", "group", "piece", "element"])
+@pytest.mark.parametrize("kind", ["along", "shared", "piece", "element"])
 @pytest.mark.parametrize("name", ["float32", "float64", "bfloat16"])
 def test_weights(kind: str, rule: str, name: str, vector: int) -> None:
     stored = "" if name != "bfloat16" else name
@@ -267,19 +267,19 @@ def test_weights(kind: str, rule: str, name: str, vector: int) -> None:
             index = (start + at + lone) // inner % size
             if kind == "along":
                 index = first + within + np.arange(vector)
-            elif kind == "group":
+            elif kind == "shared":
                 index = np.full(vector, start // inner % size)
-            parts.append(of[index] if there or kind == "group" else np.zeros(vector))
+            parts.append(of[index] if there or kind == "shared" else np.zeros(vector))
         return np.concatenate(parts)
 
-    gather = memory.gatherer(kind, lane, vector, loads, rule, stored)
+    gather = affine.gatherer(kind, lane, vector, loads, rule, stored)
     found = run(gather, weights.ctypes.data, start, *place, inner, size)
     weights_given, biases_given = weights, biases
     weights, biases = weights.astype(scalar), biases.astype(scalar)
     assert (found == expected(weights, start)).all()
     out = aligned(600, scalar)
     values = np.arange(1, vector * loads + 1).astype(scalar)
-    store = memory.affine_storer(name, lane, vector, loads, rule, kind, kind, stored)
+    store = affine.affine_storer(name, lane, vector, loads, rule, kind, kind, stored)
     given = (Lanes(lane, vector * loads), values)
     sources = weights_given.ctypes.data, biases_given.ctypes.data
     run(store, out.ctypes.data, *place, given, *sources, start, STRIDE, inner, size)

@@ -5,18 +5,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 toolchain = pytest.importorskip("numbanorm.cuda.toolchain", exc_type=ImportError)
 
 import numpy as np  # noqa: E402
-from cases import COUNT, M2, MEAN, RSTD, Case, Device, Problem  # noqa: E402
+from kernel_cases import COUNT, M2, MEAN, RSTD, Case, Device, Problem  # noqa: E402
+from registered import SCALE, registered  # noqa: E402
 
 from numbanorm.cuda import launch, launch_backward  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 if not toolchain.SIMULATED and not toolchain.available():
     pytest.skip(f"no GPU: {toolchain.unavailable_reason()}", allow_module_level=True)
+
+
+@pytest.fixture(autouse=True)
+def _scale_norm() -> Iterator[None]:
+    """A norm that a user adds: one weight for all elements."""
+    with registered(SCALE):
+        yield
+
 
 EPS = 1e-5
 
@@ -74,6 +85,17 @@ ROWS = [
     Case("group", (2, 6, 4, 5), num_groups=2, dtype="float16", parameter="float16"),
     Case("batch", (3, 2, 40), dtype="bfloat16", parameter="bfloat16"),
     Case("layer", (2, 3, 40), axis=(1, 2), dtype="float16", parameter="float16", shift=1),
+    # The other formula for rstd, and one weight for all elements.
+    Case("l2", (5, 128), axis=(1,)),
+    Case("l2", (3, 30), axis=(1,), dtype="float64"),
+    Case("l2", (2, 2044), axis=(1,), dtype="bfloat16"),
+    Case("l2", (1, 20004), axis=(1,)),
+    Case("l2", (4, 40), axis=(1,), weight=False, residual=True),
+    Case(SCALE.kind, (5, 100), axis=(1,)),
+    Case(SCALE.kind, (3, 4, 40), axis=(1, 2), dtype="float16"),
+    Case(SCALE.kind, (3, 40), axis=(1,), dtype="bfloat16", parameter="bfloat16", residual=True),
+    Case(SCALE.kind, (1, 20004), axis=(1,), dtype="float64"),
+    Case(SCALE.kind, (1, 1), axis=(1,)),
 ]
 
 FORWARD = [
@@ -118,6 +140,11 @@ COLUMNS = [
     Case("group", (2, 20, 12), num_groups=4, channel_axis=2, mask="elements", dtype="float64"),
     Case("batch", (40, 3, 5), mask="rows"),
     Case("batch", (4100, 2)),
+    Case("l2", (2, 9, 20), axis=(1,)),
+    Case("l2", (70, 8), axis=(0,), dtype="float64"),
+    Case("l2", (300, 12), axis=(0,), dtype="bfloat16", weight=False),
+    Case(SCALE.kind, (2, 9, 20), axis=(1,)),
+    Case(SCALE.kind, (70, 8), axis=(0,), dtype="float16"),
 ]
 
 DTYPES = ["bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"]
@@ -215,6 +242,71 @@ def test_backward(device: Device, case: Case, fixed: bool) -> None:
         check_output(dbias, expected[2], SUMS[lane_of(problem)])
 
 
+SMALL_GROUPS = [
+    Case("l2", (6, 128), axis=(1,)),  # all in registers
+    Case("l2", (6, 500), axis=(1,), dtype="float64", weight=False),
+    Case("l2", (6, 3, 40), axis=(1, 2), dtype="bfloat16"),
+    Case("l2", (4, 9000), axis=(1,)),  # sums first
+    Case("l2", (4, 9, 20), axis=(1,)),  # in columns, with weights along the rows
+    Case("l2", (40, 8), axis=(0,), weight=False),
+]
+
+
+@pytest.mark.parametrize("case", SMALL_GROUPS, ids=name_of)
+def test_norms_below_eps(device: Device, case: Case) -> None:
+    """L2 norm divides by eps where a group's norm is smaller, zeros included; then rstd does not depend on x."""
+    problem, back = Problem(case), Problem(case, separable=True)
+    exact = problem.statistics(problem.x, 0.0)
+    eps = float(np.median(exact[M2]) ** 0.5)  # of half of the groups the norm is smaller, of one it is eps
+    assert (exact[M2] < 0.999 * eps**2).any()
+    assert (exact[M2] > 1.001 * eps**2).any()
+    for one in (problem, back):
+        one.x[...] = np.where(one.group == one.group.flat[0], 0, one.x)
+    expected = problem.statistics(problem.x, eps)
+    y, stats, _ = device.forward(problem, eps)
+    check_statistics(stats, expected, SUMS[lane_of(problem)])
+    check_output(y, problem.normalized(problem.x, expected), OUTPUT[str(problem.form.result)])
+    assert not y[problem.group == problem.group.flat[0]].any()
+    assert stats[RSTD].max() == pytest.approx(1 / eps, rel=1e-15)
+    dx, dweight, _ = device.backward(back, expected, False)
+    dx_expected, dweight_expected, _ = back.gradients(expected, False)
+    check_output(dx, dx_expected, GRADIENT[str(problem.form.result)])
+    check_output(dweight, dweight_expected, SUMS[lane_of(problem)])
+
+
+PARTS = [case for case in ROWS + COLUMNS if np.prod(case.shape) < 10000 and not case.residual and not case.parameter]
+
+
+@pytest.mark.parametrize("case", PARTS, ids=name_of)
+def test_groups_that_lie_in_parts(device: Device, case: Case) -> None:
+    """Sums of a part, and dx and gradients of it from means that are those of whole groups."""
+    problem = Problem(case, separable=True)
+    layout, within = problem.plan.layout, case.record.weights_within_groups
+    stats = problem.statistics(problem.x, EPS)
+    dy = problem.dy.astype(np.longdouble)
+    h = (problem.x.astype(np.longdouble) - stats[MEAN][problem.group]) * stats[RSTD][problem.group]
+    weight = 1 if problem.weight is None else problem.weight.astype(np.longdouble)[problem.channel]
+    g = dy * weight if within else dy
+    sums = device.partial_sums(problem, stats)
+    for found, terms in zip(sums, (g, g * h), strict=True):
+        expected = problem.sums(terms, problem.group, layout.groups)
+        most = problem.sums(np.abs(terms), problem.group, layout.groups).max()
+        assert np.abs(found - expected).max() <= SUMS[lane_of(problem)] * most
+    means = np.random.default_rng(5).standard_normal((2, layout.groups))
+    a, b = (m[problem.group] * (1 if within else weight) for m in means)
+    counted = 1 if problem.mask is None else problem.mask
+    shift = counted * ((a if case.record.centred else 0) + h * b)
+    expected = stats[RSTD][problem.group] * (dy * weight - shift)
+    gradients = problem.sums(dy * h, problem.channel, layout.size), problem.sums(dy, problem.channel, layout.size)
+    for wanted in (True, False):
+        dx, *found = device.partial_gradient(problem, stats, means, wanted or layout.inner == 1)
+        check_output(dx, expected, GRADIENT[str(problem.form.result)])
+        if wanted:
+            for ours, theirs in zip(found, gradients, strict=True):
+                if ours is not None:
+                    check_output(ours, theirs, SUMS[lane_of(problem)])
+
+
 @pytest.mark.parametrize("case", [ROWS[4], ROWS[15], COLUMNS[0]], ids=name_of)
 def test_in_place(device: Device, case: Case) -> None:
     problem = Problem(case)
@@ -305,7 +397,9 @@ def test_nothing_counts(device: Device, case: Case) -> None:
     problem.mask = problem.counts = np.zeros(case.shape, bool)
     stats = problem.statistics(problem.x, EPS)
     assert not stats[:3].any()
-    y, found, _ = device.forward(problem, EPS)
+    same = Problem(case)
+    same.mask = same.counts = problem.mask
+    y, found, _ = device.forward(same, EPS)
     check_statistics(found, stats, 1e-12)
     check_output(y, problem.normalized(problem.x, stats), OUTPUT["float32"])
     dx, _, _ = device.backward(problem, stats, False)
@@ -369,8 +463,14 @@ def test_the_cases_take_every_way() -> None:
     for rung in launch.LADDER + launch.HALVES:
         assert (rung.team, rung.each, True) in forward, rung
     assert (launch.STREAM.team, launch.STREAM.each, False) in forward
-    assert {"flat", "whole", "runs", "all", "elements", "along", "same", "group", "piece", "", 1, 2, 4, 8} <= forward
+    assert {"flat", "whole", "runs", "all", "elements", "along", "same", "shared", "piece", "", 1, 2, 4, 8} <= forward
     assert {("split", True), ("joined", True), ("affine", "bfloat16"), ("affine", "float16")} <= forward
     assert {("columns", k) for k in ("all", "elements", "runs", "piece", "along", "element", 1, 2, 4, 8)} <= forward
     assert {(rung.team, rung.each) for rung in launch_backward.FUSED} <= fused
     assert {"fused", "sums", "lanes", "emit", ("rows", True), ("rows", False)} <= general
+    in_parts = set()
+    for case in PARTS:
+        problem = Problem(case, separable=True)
+        kind = "".join(("columns " if problem.plan.columns else "", "masked " if case.mask else "", case.norm))
+        in_parts.add(kind)
+    assert {"layer", "batch", "group", "masked layer", "columns batch", "columns layer", "columns l2"} <= in_parts

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import test_arguments as on_host
+import wrong_calls as on_host
 from standin import LAUNCHES, Foreign
 
 import numbanorm as nn

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from reference import normal
+from same import assert_close, assert_same
 from standin import (
     ALLOCATIONS,
     HOST,
@@ -24,7 +25,6 @@ from standin import (
     host,
     use_own_kernels,
 )
-from test_calls import assert_close, assert_same
 
 import numbanorm as nn
 from numbanorm.cuda import libraries, scratch
@@ -155,7 +155,7 @@ class TestScratch:
         def fails(*arguments: Any, **options: Any) -> None:
             raise MemoryError
 
-        monkeypatch.setattr(standin.backend, "forward", fails)
+        monkeypatch.setattr(standin.backend, "prepare_forward", lambda call: fails)
         with pytest.raises(MemoryError):
             nn.layer_norm(Foreign(np.repeat(X, 2, 1)[:, ::2]), 6)
         (held,) = scratch._OF_STREAM.values()
@@ -168,14 +168,14 @@ class TestScratch:
 
         inside, met = threading.Barrier(2, timeout=0.2), []
 
-        def forward(*arguments: Any, **options: Any) -> None:
+        def launch(*arguments: Any, **options: Any) -> None:
             try:
                 inside.wait()
                 met.append(True)
             except threading.BrokenBarrierError:
                 pass
 
-        monkeypatch.setattr(standin.backend, "forward", forward)
+        monkeypatch.setattr(standin.backend, "prepare_forward", lambda call: launch)
         threads = [threading.Thread(target=nn.layer_norm, args=(Foreign(X), 6)) for _ in range(2)]
         for thread in threads:
             thread.start()
@@ -378,7 +378,7 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(libraries, "_BY_TYPE", {})
     monkeypatch.setattr(scratch, "_OF_STREAM", {})
     libraries._cupy.cache_clear()
-    monkeypatch.setattr("numbanorm.backends.on_cuda", lambda value: isinstance(value, (ndarray, Foreign)))
+    monkeypatch.setattr("numbanorm.calls.dispatch.on_cuda", lambda value: isinstance(value, (ndarray, Foreign)))
     yield module
     libraries._cupy.cache_clear()
 

@@ -242,6 +242,6 @@ def guarded_outputs() -> Iterator[None]:
     with (
         mock.patch.object(np, "empty", guarded_empty),
         mock.patch.object(np, "zeros", guarded_zeros),
-        mock.patch("numbanorm.cpu._empty", guarded_empty),
+        mock.patch("numbanorm.cpu.backend._empty", guarded_empty),
     ):
         yield

@@ -28,7 +28,7 @@ import numba
 
 import numbanorm as nn
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")]
 
 MOST_FAILURES = 10
 

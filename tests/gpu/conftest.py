@@ -1,23 +1,19 @@
 """A GPU's arrays, in every library that is installed; where there is no GPU, what stands in for one elsewhere.
 
-``pytest -m gpu`` runs these files on a GPU. `test_devices.py` runs them without one on the stand-ins of
-``tests/devices``, so that they are known to work before they meet a GPU.
+``pytest -m gpu`` runs these files on a GPU. `tests/cuda/test_devices.py` runs them without one on the stand-ins of
+``tests/support/standin.py``, so that they are known to work before they meet a GPU.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
-if SIMULATED:
-    sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("cuda", "devices")]
 
 
 class Library(NamedTuple):
