@@ -71,7 +71,7 @@ def as_input(value: Any, name: str) -> np.ndarray:
 
 
 def as_parameter(value: Any, name: str, lane: np.dtype[Any]) -> Any:
-    """Return a weight or bias as an array, a list of integers in the dtype that the kernels compute in; None for None."""
+    """Return a weight or bias as an array, None for None; a list of integers becomes floats."""
     if value is None or type(value) is np.ndarray:
         return value
     array = as_array(value, name)

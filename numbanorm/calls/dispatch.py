@@ -25,8 +25,8 @@ class Request(NamedTuple):
     ----------
     norm : str
         The norm's name.
-    first, second
-        For a norm by channel ``channel_axis`` and ``num_groups``, for the others ``normalized_shape`` and ``axis``.
+    options : tuple
+        For a norm by channel ``(channel_axis, num_groups)``, for the others ``(normalized_shape, axis)``.
     x, weight, bias, eps, mask, residual, out
         As the functions take them; `eps` may be None where the norm's record has None.
     running_mean, running_var, momentum
@@ -41,8 +41,7 @@ class Request(NamedTuple):
     """
 
     norm: str
-    first: Any
-    second: Any
+    options: tuple[Any, Any]
     x: Any
     weight: Any
     bias: Any
@@ -100,8 +99,7 @@ class Handler(Protocol):
     def backward(
         self,
         norm: str,
-        first: Any,
-        second: Any,
+        options: tuple[Any, Any],
         dy: Any,
         x: Any,
         mean: Any,

@@ -13,9 +13,8 @@ from ..core.pool import POOL
 from ..core.spec import ArraySpec
 from . import prepare
 from .arrays import cast
-from .memory import Output, Packing, aligned, look, new, packed
+from .memory import Output, Packing, aligned, backend, look, new, packed
 from .prepare import public_statistic
-from .prepared import backend
 
 _empty = np.empty
 
@@ -65,9 +64,9 @@ class PreparedBackward:
         if output.back is not None:
             dx = dx.transpose(output.back)
         if self._plain:
-            if self._rows == 2:
-                return dx, gradients[0].reshape(self._shape), gradients[1].reshape(self._shape)
-            return dx, gradients[0].reshape(self._shape)
+            if len(self._shape) != 1:
+                gradients = gradients.reshape(2, *self._shape)
+            return (dx, gradients[0], gradients[1]) if self._rows == 2 else (dx, gradients[0])
         if call.deliver is not None:
             packed_dx, dx = dx, new(call.deliver)
             np.copyto(dx, packed_dx)

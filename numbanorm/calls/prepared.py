@@ -17,20 +17,12 @@ from ..core.pool import POOL
 from ..core.spec import ArraySpec, spec_of
 from . import check, prepare
 from .arrays import as_array
-from .memory import Output, Packing, aligned, look, new, packed
+from .memory import Output, Packing, aligned, backend, look, new, packed
 from .prepare import public_statistic
 from .running import fill, move
 
 _empty = np.empty
 _NO_STATS = np.empty((4, 0))
-
-
-@cache
-def backend() -> Any:
-    """Return the backend, imported at the first call: declaring its kernels takes 60 ms."""
-    from ..cpu import backend as cpu
-
-    return cpu
 
 
 @cache
@@ -110,7 +102,7 @@ class _Call:
 
     def _delivered(self, y: np.ndarray, out: Any) -> np.ndarray:
         """Return what the caller gets of what the kernels wrote."""
-        if y is out:
+        if out is not None and self._call.deliver is None:
             return y
         if self._back is not None:
             y = y.transpose(self._back)
@@ -159,7 +151,7 @@ class Prepared(_Call):
     def _run_unusual(
         self, x: Any, weight: Any, bias: Any, eps: float, mask: Any, residual: Any, out: Any, keep: bool
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Do the same where arrays have to be copied first, or the result afterwards, and where there are no elements."""
+        """Do the same where arrays have to be copied first, or the result afterwards, or there are no elements."""
         call = self._call
         if out is not None:
             _check_out(out, {"x": x, "residual": residual, "weight": weight, "bias": bias, "mask": mask})
@@ -199,9 +191,10 @@ class Prepared(_Call):
         """
         if out is not None:
             check.check_apart(out, {"x": x, "residual": residual, "weight": weight, "bias": bias, "mask": mask})
-        x, weight, bias, residual = aligned(x), aligned(weight), aligned(bias), aligned(residual)
-        then = prepared_for(self._call.record.kind, self._options, x, weight, bias, mask, residual, None)
-        y, stats, total = then.run(x, weight, bias, eps, mask, residual, None, keep)
+        read = (aligned(x), aligned(weight), aligned(bias))
+        added = aligned(residual)
+        then = prepared_for(self._call.record.kind, self._options, *read, mask, added)
+        y, stats, total = then.run(*read, eps, mask, added, None, keep)
         if out is not None:
             np.copyto(out, y)
             y = out
@@ -241,7 +234,8 @@ class Tracking(Prepared):
             check.check_two(mean, var)
             if self._call.plan.size:
                 layout = self._call.plan.layout
-                move(mean, var, *(public_statistic(stats[row], layout) for row in (COUNT, MEAN, M2)), momentum)
+                count, batch_mean, m2 = (public_statistic(stats[row], layout) for row in (COUNT, MEAN, M2))
+                move(mean, var, count, batch_mean, m2, momentum)
         return y, stats
 
 
@@ -299,7 +293,7 @@ class Applying(_Call):
         """Normalize with the rows MEAN and RSTD of `stats`, to which running statistics are put first, if given."""
         if self._unusual:
             return self._apply_unusual(x, weight, bias, out, stats, mean, var, eps)
-        y = out
+        y: np.ndarray = out
         if y is None:
             y = POOL.empty(self._shape, self._dtype, x) if self._pooled else _empty(self._shape, self._dtype)
         w, b = self._one if weight is None else weight, self._zero if bias is None else bias
@@ -366,39 +360,26 @@ def _is_plain(spec: ArraySpec) -> bool:
     return packed and spec.dtype.isnative and spec.dtype.char in "fd"
 
 
-def prepared_for(
-    norm: str,
-    options: Options,
-    x: np.ndarray,
-    weight: Any = None,
-    bias: Any = None,
-    mask: Any = None,
-    residual: Any = None,
-    out: Any = None,
-    mean: Any = None,
-    var: Any = None,
-    *,
-    from_input: bool = True,
-) -> Any:
-    """Return what serves forward calls whose arrays look like these; see `prepare_call`."""
-    specs = map(look, (x, weight, bias, mask, residual, out, mean, var))
-    return prepare_call(norm, options, *specs, from_input=from_input)
+def prepared_for(norm: str, options: Options, *arrays: Any, from_input: bool = True) -> Any:
+    """Return what serves forward calls whose arrays look like these; see `prepare_call`.
+
+    Parameters
+    ----------
+    norm, options
+        As `numbanorm.core.plan.plan` takes them.
+    *arrays : ndarray or None
+        x, weight, bias, mask, residual, out, running mean and variance; the last ones may be left out.
+    from_input : bool, optional
+        False: normalize with the running statistics.
+    """
+    specs = [look(array) for array in arrays]
+    specs += [None] * (8 - len(specs))
+    return prepare_call(norm, options, tuple(specs), from_input)
 
 
 @lru_cache(maxsize=4096)
 def prepare_call(
-    norm: str,
-    options: Options,
-    x: ArraySpec,
-    weight: ArraySpec | None,
-    bias: ArraySpec | None,
-    mask: ArraySpec | None,
-    residual: ArraySpec | None,
-    out: ArraySpec | None,
-    mean: ArraySpec | None,
-    var: ArraySpec | None,
-    *,
-    from_input: bool = True,
+    norm: str, options: Options, specs: tuple[ArraySpec | None, ...], from_input: bool
 ) -> Prepared | Tracking | Applying:
     """Return what serves forward calls whose arrays look so.
 
@@ -407,17 +388,21 @@ def prepare_call(
     TypeError, ValueError
         If an argument does not fit.
     """
-    arrays = (x, weight, bias)
+    x, weight, bias, mask, residual, out, mean, var = specs
+    assert x is not None
     tracked = check.check_both(mean, var)
     if from_input:
-        call = prepare.forward(norm, options, *arrays, mask, residual, out)
-        if tracked:
-            check.check_running(mean, var, call.plan.layout.size)
+        call = prepare.forward(norm, options, x, weight, bias, mask, residual, out)
         check.check_count(call.plan.layout, x)
-        return Tracking(call, options, mean, var) if tracked else Prepared(call, options)
+        if not tracked:
+            return Prepared(call, options)
+        check.check_running(mean, var, call.plan.layout.size)
+        assert mean is not None
+        assert var is not None
+        return Tracking(call, options, mean, var)
     if mask is not None:
         check.check_mask(mask, x.shape)  # statistics that are given are not limited by it
-    call = prepare.forward(prepare.of_running_statistics(norm), options, *arrays, None, residual, out)
+    call = prepare.forward(prepare.of_running_statistics(norm), options, x, weight, bias, None, residual, out)
     check.check_running(mean, var, call.plan.layout.size)
     return Applying(call, options, mean, var)
 

@@ -1,4 +1,4 @@
-"""Running statistics in NumPy: for dtypes and strides that no kernel is bound to, and for parts that merge elsewhere."""
+"""Running statistics in NumPy, where no kernel is bound to their dtype or strides, or parts merge elsewhere."""
 
 from __future__ import annotations
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 @cache
-def stamp_of(folder: Path) -> str:
-    """Return the hash of all modules of a folder."""
+def stamp_of(folder: Path, *others: Path) -> str:
+    """Return the hash of all modules of a folder, and of others, whose constants are part of what is compiled."""
     digest = sha256()
-    for path in sorted(folder.glob("*.py")):
+    for path in (*sorted(folder.glob("*.py")), *others):
         digest.update(path.read_bytes())
     return digest.hexdigest()

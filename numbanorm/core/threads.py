@@ -12,8 +12,10 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 import numba as _typed_numba
+from numba.np.ufunc import parallel as _typed_parallel
 
 numba: Any = _typed_numba  # its own annotations leave out what is asked of it here
+_parallel: Any = _typed_parallel
 _requested: int | None = None
 _forked = False
 _lock = threading.Lock()
@@ -66,10 +68,9 @@ def get_num_threads() -> int:
     """
     if _requested is not None:
         return _requested
-    if uses_numba():
-        _prepare()
-        return int(numba.get_num_threads())
-    return int(numba.config.NUMBA_NUM_THREADS)
+    if not _parallel._is_initialized:  # to ask would start Numba's threads
+        return int(numba.config.NUMBA_NUM_THREADS)
+    return int(_parallel._get_num_threads())  # not by a lock, as from outside: a forked child may find it taken
 
 
 def _engine() -> str:
@@ -115,25 +116,37 @@ def serial() -> Iterator[None]:
 
 
 class Task:
-    """A launch that helpers may take part in, until it is closed."""
+    """A launch that helpers may take part in, until it is closed.
 
-    __slots__ = ("_errors", "_left", "launch")
+    Parameters
+    ----------
+    begin : callable
+        Returns the launch as helpers do it: it keeps no array alive, since a helper may be held up for any time.
+    helpers : int
+        How many may take part.
+    """
 
-    def __init__(self, launch: Callable[[], Any]) -> None:
-        self.launch: Callable[[], Any] | None = launch
-        self._left: SimpleQueue[None] = SimpleQueue()
-        self._errors: list[BaseException] = []
+    __slots__ = ("_begin", "_left", "_places", "_taken")
+
+    def __init__(self, begin: Callable[[], Callable[[], Any]], helpers: int) -> None:
+        self._begin: Any = begin
+        self._places = [begin] * helpers
+        self._taken = helpers
+        self._left: SimpleQueue[BaseException | None] = SimpleQueue()
 
     def help(self) -> None:
-        """Take part, if it is still open."""
-        launch = self.launch
-        if launch is None:
+        """Take part, if there is a place."""
+        try:
+            begin = self._places.pop()
+        except IndexError:
             return
         try:
+            launch = begin()
+            del begin
             launch()
         except BaseException as error:  # memory may run out; whoever waits must hear of it
-            self._errors.append(error)
-        finally:
+            self._left.put(error)
+        else:
             self._left.put(None)
 
     def wait(self) -> None:
@@ -144,55 +157,99 @@ class Task:
         BaseException
             What a helper raised: units that it has claimed will never be done.
         """
-        with suppress(Empty):
-            self._left.get(timeout=0.05)
-        if self._errors:
-            raise self._errors[0]
+        error = self._hear()
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        """Let nobody in any more, once all units are done; whoever is inside finds none left."""
+        self._places.clear()
+        self._begin = None
+
+    def abort(self) -> None:
+        """Let nobody in any more, and wait until all have left: they write to arrays of the caller's."""
+        with suppress(IndexError):
+            while True:
+                self._places.pop()
+                self._taken -= 1
+        while self._taken > 0:
+            self._hear()
+        self.close()
+
+    def _hear(self) -> BaseException | None:
+        """Return what a helper raised who has left; None after a while, too."""
+        if self not in _helpers.tasks:
+            raise RuntimeError("a child process was forked within this call, and its helpers are not there")
+        try:
+            error = self._left.get(timeout=0.05)
+        except Empty:
+            return None
+        self._taken -= 1
+        return error
 
 
 class _Helpers:
-    """Threads that wait for tasks. They are started when the first task comes, and anew in a forked child."""
+    """Threads that wait for calls, and take part in whatever is open then.
+
+    They are started when they are first called, and anew in a forked child.
+    """
 
     def __init__(self) -> None:
-        self._tasks: SimpleQueue[Task] = SimpleQueue()
+        self.tasks: list[Task] = []
+        self._calls: SimpleQueue[None] = SimpleQueue()
         self._number = 0
-        self._lock = threading.Lock()
+        self._starting = threading.Lock()
 
-    def call(self, task: Task, number: int) -> None:
-        """Offer a task to so many helpers."""
+    def call(self, number: int) -> None:
+        """Wake so many, unless they are on their way."""
         if self._number < number:
             self._start(number)
-        for _ in range(number):
-            self._tasks.put(task)
+        for _ in range(number - self._calls.qsize()):
+            self._calls.put(None)
 
     def _start(self, number: int) -> None:
-        with self._lock:
+        if not self._starting.acquire(blocking=False):  # another thread does it, or what a signal has interrupted
+            return
+        try:
             while self._number < number:
-                thread = threading.Thread(target=self._serve, args=(self._tasks,), name="numbanorm", daemon=True)
-                try:
-                    thread.start()
-                except RuntimeError:  # no more threads here, or the interpreter is at its end: the caller does all
-                    return
+                threading.Thread(target=self._serve, name="numbanorm", daemon=True).start()
                 self._number += 1
+        except RuntimeError:  # no more threads here, or the interpreter is at its end: the caller does all
+            pass
+        finally:
+            self._starting.release()
 
-    @staticmethod
-    def _serve(tasks: SimpleQueue[Task]) -> None:
-        while True:
-            tasks.get().help()
+    def _serve(self) -> None:
+        try:
+            while True:
+                self._calls.get()
+                self._help()
+        finally:
+            self._number -= 1  # whatever it died of: the next call starts another one
+
+    def _help(self) -> None:
+        for task in tuple(self.tasks):
+            task.help()
 
 
 _helpers = _Helpers()
 
 
 @contextmanager
-def helping(launch: Callable[[], Any], helpers: int) -> Iterator[Task]:
-    """Offer a launch to helpers while the caller does it, too."""
-    task = Task(launch)
-    _helpers.call(task, helpers)
+def helping(begin: Callable[[], Callable[[], Any]], helpers: int) -> Iterator[Task]:
+    """Offer a launch to helpers while the caller does it, too; see `Task`."""
+    task, board = Task(begin, helpers), _helpers.tasks
     try:
+        board.append(task)
+        _helpers.call(helpers)
         yield task
+        task.close()
+    except BaseException:
+        task.abort()
+        raise
     finally:
-        task.launch = None  # whoever comes now finds nothing, and keeps no array alive
+        with suppress(ValueError):
+            board.remove(task)
 
 
 def _prepare() -> None:

@@ -2,7 +2,7 @@
 
 Whatever an array's shape and strides are, it is read from its address by offsets that the geometry holds; so no view is
 made, no array is counted as referred to, and one compiled kernel serves all. NumPy arrays alone may be passed: the
-address is read out of NumPy's own struct.
+address is read out of NumPy's own struct. An address itself may be, as `numpy.intp`: its value lies in the same place.
 """
 
 from __future__ import annotations

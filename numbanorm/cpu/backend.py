@@ -17,6 +17,7 @@ from . import columns, rows, running
 from .address import address_type
 from .backward import prepare_backward, prepare_partial_gradient, prepare_partial_sums
 from .bound import BOOL, FLOAT64, FLOAT64_ADDRESS, GEOMETRY_ADDRESS, INT64, NONE, Bound, Kinds
+from .convert import converter
 from .engine import may_share, threads_for
 from .launch import by_row, geometry_of_forward, tiles_of, variants
 from .moments import ChunkMoments
@@ -144,7 +145,7 @@ def prepare_running(call: Forward, mean: np.dtype[Any], var: np.dtype[Any]) -> L
 
 
 def prepare_statistics(call: Forward) -> Launch:
-    """Return ``launch(x, mask, stats)``, which writes statistics as `prepare_forward`'s launch does with an eps of 0."""
+    """Return ``launch(x, mask, stats)``, which writes statistics alone, with an eps of 0."""
     plan = call.plan
     kinds = Kinds.of(call)
     moments = ChunkMoments(plan, geometry_of_forward(call), kinds.x, kinds.mask, kinds.lane)
@@ -154,6 +155,11 @@ def prepare_statistics(call: Forward) -> Launch:
         return moments(threads_for(plan.size), x, mask, weight, stats, 0.0)
 
     return launch
+
+
+def prepare_widening(source: np.dtype[Any], target: np.dtype[Any]) -> Launch | None:
+    """Return ``launch(source, target, n)``, which converts halves without gaps; None for other dtypes."""
+    return converter(source, target) if source.itemsize == 2 and target.itemsize == 4 else None
 
 
 @lru_cache

@@ -10,7 +10,7 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from .address import Address
+from .address import Address, number
 from .dtypes import pointer
 from .jit import Kernel, scalar
 
@@ -20,9 +20,15 @@ NEXT, DONE, TOTAL, SHARED = 0, _LINE, 2 * _LINE, 3 * _LINE
 
 SIZE = 4 * _LINE
 
+NONE_LEFT = 1 << 62
+"""A next unit that is none, in whatever call."""
+
 INT64 = types.int64
 JOB = Address(INT64)
 """How kernels take a job."""
+
+ANY = Address(types.uint8)
+"""How they take an array whose dtype does not matter."""
 
 ALONE = np.zeros(SIZE, np.int64)
 """The job of every call on one thread: its units are counted, not claimed."""
@@ -93,7 +99,13 @@ def _all_done(job):
 def await_units(job, turns):
     """Return whether all units are done, after at most so many looks; those that are left were claimed by others."""
     of = pointer(job)
-    for _ in range(turns):
+    for _ in range(turns):  # noqa: SIM110  # Numba knows no generators here
         if _all_done(of):
             return True
     return False
+
+
+@Kernel
+def address_of(array):
+    """Return the address of an array's first element."""
+    return number(pointer(array))

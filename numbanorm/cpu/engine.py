@@ -12,6 +12,8 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
+import numpy as np
+
 from ..backend import Launch
 from ..core import threads
 from . import claims
@@ -48,24 +50,54 @@ def run_shared(entry: Launch, parallel: Callable[[], Launch], count: int, argume
     count : int
         Threads.
     arguments : tuple
-        All other arguments.
+        All other arguments; the first is the geometry.
+
+    Raises
+    ------
+    MemoryError
+        If memory has run out for whichever thread. Nobody works on the arrays any more then.
     """
-    if threads.uses_numba():
-        with threads.numba_launch() as free:
-            if free:
-                return parallel()(claims.shared_job(), count, *arguments)
-        return entry(claims.shared_job(), 1, *arguments)
     job = claims.shared_job()
-    launch = partial(entry, job, 1, *arguments)
-    with threads.helping(launch, count - 1) as task:
-        problem = launch()
-        if not problem:
-            await_units = _await_units()
-            while not await_units(job, _TURNS):
-                task.wait()
+    if threads.uses_numba():
+        return _run_on_numba(entry, parallel, count, job, arguments)
+    await_units, address_of = _compiled()
+    with threads.helping(partial(_apart, address_of, entry, job, arguments), count - 1) as task:
+        try:
+            problem = entry(job, 1, *arguments)
+            if not problem:
+                while not await_units(job, _TURNS):
+                    task.wait()
+        except BaseException:
+            job[claims.NEXT] = claims.NONE_LEFT
+            raise
+    return problem
+
+
+def _apart(address_of: Launch, entry: Launch, job: np.ndarray, arguments: tuple[Any, ...]) -> Launch:
+    """Return a launch that keeps no array of the caller's alive, only where it begins.
+
+    Whoever finds no unit left reads none of them, and none is gone while a unit is not done.
+    """
+    geometry, *others = arguments
+    places = [np.intp(address_of(a)) if type(a) is np.ndarray else a for a in others]
+    return partial(entry, job, 1, geometry, *places)
+
+
+def _run_on_numba(
+    entry: Launch, parallel: Callable[[], Launch], count: int, job: np.ndarray, arguments: tuple[Any, ...]
+) -> Any:
+    with threads.numba_launch() as free:
+        if not free:
+            return entry(job, 1, *arguments)
+        try:
+            problem = parallel()(job, count, *arguments)
+        except SystemError as error:  # the caller's own part failed; errors of others are lost
+            raise (error.__cause__ or error) from None
+    if not problem and job[claims.DONE] < job[claims.TOTAL]:
+        raise MemoryError
     return problem
 
 
 @cache
-def _await_units() -> Launch:
-    return claims.await_units.bound(claims.JOB, claims.INT64)
+def _compiled() -> tuple[Launch, Launch]:
+    return claims.await_units.bound(claims.JOB, claims.INT64), claims.address_of.bound(claims.ANY)

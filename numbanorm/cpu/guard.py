@@ -18,7 +18,7 @@ def _meets(start, stop, at, low, high):
 
 @scalar
 def clash(geometry, y, x, residual, mask, weight, bias):
-    """Return 0 where all is well with the addresses, else `OVERLAP` or `MISALIGNED`; `y` may be all of x or residual."""
+    """Return 0 where all is well with the addresses, else `OVERLAP` or `MISALIGNED`; y may be all of x or residual."""
     g = record(geometry)
     x_at, residual_at, y_at, mask_at = number(x), number(residual), number(y), number(mask)
     weight_at, bias_at = number(weight), number(bias)

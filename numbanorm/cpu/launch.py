@@ -131,7 +131,7 @@ _FIELDS = """
     K0 R0 K1 R1 inner size centred scale
     x_K0 x_R0 x_K1 y_K0 y_R0 y_K1 mask_K0 mask_R0 mask_K1 mask_R1
     x_itemsize y_itemsize lane_itemsize x_low x_high y_low y_high mask_low mask_high same
-    mean_step count_step slabs
+    mean_step count_step slabs gradients
     run_samples run_channels run_sample_step run_step run_mean_itemsize run_var_itemsize
     unit_groups together span_groups span_pieces ahead ahead_out stream pairs blocks by_rows channel_runs
     back_groups
@@ -295,7 +295,9 @@ def geometry_of_backward(call: Backward, counted: bool = False) -> np.ndarray:
     for g in both:
         _bound(g, x, call.fresh, call.mask, form)
         g["mean_step"], g["count_step"] = plan.layout.centred, counted
-        g["slabs"] = _slabs(plan, both)
+        g["slabs"] = slabs = _slabs(plan, both)
+        # Units of one slab add to the same gradients where one weight serves all: each k1 then has its own.
+        g["gradients"] = slabs * plan.layout.view[2] if plan.layout.size == 1 and not plan.columns else slabs
     return both
 
 
@@ -346,9 +348,9 @@ def is_long(plan: Plan) -> bool:
     return layout.inner == 1 and layout.groups == k0 and layout.count == r1 > CHUNK
 
 
-def slabs_of(geometry: np.ndarray) -> int:
-    """Return into how many slabs a backward cuts its work."""
-    return int(geometry[0]["slabs"])
+def gradients_of(geometry: np.ndarray) -> int:
+    """Return how many units of a backward's work have gradients of their own."""
+    return int(geometry[0]["gradients"])
 
 
 def _slabs(plan: Plan, geometry: np.ndarray) -> int:

@@ -755,7 +755,7 @@ def _apply_piece(piece, x, y, weight, bias, stats, g, edge, carry):
 
 @scalar
 def _channel_maps(maps, x, weight, bias, stats, g):
-    """Write (hi, gain, shift) of all channels, one array after the other, for `_apply_short`; tell whether all are safe.
+    """Write (hi, gain, shift) of all channels, one array after the other; tell whether all are safe.
 
     Each channel comes once a sample: (8, 2048, 7, 7) takes 177 us on Zen 4 where its map is made for each run, which is
     then written as runs of any length are, and 107 so.
@@ -817,10 +817,10 @@ def _apply_spans(job, geometry, x, y, weight, bias, stats, channels):
     g = record(geometry)
     maps = np.empty(3 * channels)
     p_maps = retyped(pointer(maps), weight)
-    short = channels > 0 and _channel_maps(p_maps, x, weight, bias, stats, g)
     pieces = -(-(g.K0 * g.R0 * g.K1) // g.piece_runs) * g.across
     spans = -(-pieces // g.span_pieces)
     span = claim(job, np.int64(-1), spans)
+    short = channels > 0 and span < spans and _channel_maps(p_maps, x, weight, bias, stats, g)
     while span < spans:
         _apply_span(span, x, y, weight, bias, stats, p_maps, short, g)
         span = claim(job, span, spans)

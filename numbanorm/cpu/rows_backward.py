@@ -5,7 +5,8 @@ With ``g = dy * weight`` and ``h = (x - mean) * rstd``, over the `n` elements th
     dx = rstd * (g - counts * (sum(g) + h * sum(g * h)) / n)
     dweight = sum(dy * h)        dbias = sum(dy)
 
-A unit of work is a slab of samples at one k1; each slab has gradients of its own, added in order at the end.
+A unit of work is a slab of samples at one k1. Each slab has gradients of its own, each unit where one weight serves all
+elements; they are added in order at the end.
 
 References
 ----------
@@ -277,7 +278,8 @@ def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradi
     # Each array below is used, as an array, after the last call that got its pointer: so it is still alive then.
     p_scratch, p_products = pointer(scratch), retyped(pointer(products), weight)
     size = g.size
-    flush_at = slab * 2 * size + first
+    own = unit if size == 1 else slab  # whose gradients
+    flush_at = own * 2 * size + first
     start = slab * g.K0 // slabs
     stop = (slab + 1) * g.K0 // slabs
     p = products_from(dx, (start * g.K1 + k1) * g.R1, p_products, g.lane_itemsize)
@@ -300,8 +302,8 @@ def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradi
                         channel = first + i + c  # groups that are taken together have a channel each
                         sum_g += load(weight, channel) * of_g
                         sum_gh += load(weight, channel) * of_gh
-                        add_to(gradients, 2 * slab * size + channel, of_gh)
-                        add_to(gradients, (2 * slab + 1) * size + channel, of_g)
+                        add_to(gradients, 2 * own * size + channel, of_gh)
+                        add_to(gradients, (2 * own + 1) * size + channel, of_g)
                 count = load(counts_of, (group + i) * g.count_step)
                 to = means_of + 2 * (k0 - base + i)
                 store(p_scratch, to, average(sum_g, count) if centred else 0.0)
@@ -351,7 +353,7 @@ def clear_gradients(job, geometry, gradients):
     """Set the slabs' gradients to 0, unless others work on the job: then they were."""
     g = record(geometry)
     if not is_shared(job):
-        _clear(gradients, 2 * g.slabs * g.size)
+        _clear(gradients, 2 * g.gradients * g.size)
 
 
 @elementwise
@@ -371,7 +373,7 @@ def finish_gradients(job, geometry, gradients, result):
     """
     g = record(geometry)
     if not is_shared(job):
-        _add_slabs(gradients, result, g.slabs, 2 * g.size)
+        _add_slabs(gradients, result, g.gradients, 2 * g.size)
 
 
 @Kernel
@@ -379,7 +381,7 @@ def add_slabs(geometry, gradients, result):
     """Do what `finish_gradients` does."""
     p_geometry = pointer(geometry)
     g = record(p_geometry)
-    _add_slabs(pointer(gradients), pointer(result), g.slabs, 2 * g.size)
+    _add_slabs(pointer(gradients), pointer(result), g.gradients, 2 * g.size)
 
 
 @scalar
@@ -396,8 +398,8 @@ def _backward_units(job, geometry, dy, x, dx, mask, weight, counts_of, means, rs
 def backward(job, workers, geometry, dy, x, dx, mask, weight, counts_of, means, rstds, gradients, result):
     """Write dx, and to `result`, shape (2, size), dweight and dbias; return `clash`'s answer.
 
-    `counts_of` and `means` hold one element a group, or one for all. `gradients`, shape (slabs, 2, size), are the
-    slabs' own; where several threads work on the job they are 0 before, and added up afterwards.
+    `counts_of` and `means` hold one element a group, or one for all. `gradients`, shape (g.gradients, 2, size), are
+    the slabs' own; where several threads work on the job they are 0 before, and added up afterwards.
     """
     p_job, p_geometry = pointer(job), pointer(geometry)
     p_dy, p_x, p_dx, p_mask, p_weight = pointer(dy), pointer(x), pointer(dx), pointer(mask), pointer(weight)

@@ -25,7 +25,7 @@ def _fill(mean, var, stats, channels, eps):
 
 @scalar
 def fill_given(job, mean, var, stats, g, eps):
-    """Fill `stats`, shape (4, channels), with running statistics, unless others work on the job: then they are there."""
+    """Fill `stats`, shape (4, channels), with running statistics, unless the job is shared: then they are there."""
     if not is_shared(job):
         _fill(mean, var, stats, g.K0 * g.K1, eps)
 
@@ -34,6 +34,20 @@ def fill_given(job, mean, var, stats, g, eps):
 def given(mean, var, stats, channels, eps):
     """Fill `stats`, shape (4, channels), with running statistics, to normalize with."""
     _fill(pointer(mean), pointer(var), pointer(stats), channels, eps)
+
+
+@scalar
+def _move_one(mean, var, stats, groups, channels, momentum):
+    """Move towards the statistics of one sample: a channel of which nothing counts stays."""
+    keep = 1.0 - momentum
+    for channel in range(channels):
+        n = load(stats, COUNT * groups + channel)
+        old_mean, old_var = np.float64(load(mean, channel)), np.float64(load(var, channel))
+        unbiased = load(stats, M2 * groups + channel) / most(n - 1.0, 1.0)
+        new_mean = keep * old_mean + momentum * (load(stats, MEAN * groups + channel) + 0.0)
+        new_var = keep * old_var + momentum * (unbiased + 0.0)
+        store(mean, channel, new_mean if n > 0.0 else old_mean)
+        store(var, channel, new_var if n > 0.0 else old_var)
 
 
 @scalar
@@ -46,6 +60,9 @@ def _move(array, place, momentum, batch):
 def _update(g, stats, mean, var, momentum):
     """Average statistics over the samples in which a channel counts; the operations are NumPy's, bit by bit."""
     groups = g.K0 * g.K1
+    if g.run_samples == 1 and g.run_step == 1:
+        _move_one(mean, var, stats, groups, g.run_channels, momentum)
+        return
     for channel in range(g.run_channels):
         seen = total = squares = 0.0
         for sample in range(g.run_samples):

@@ -68,7 +68,8 @@ def rstd_of(count, m2, eps, scale):
     1/sqrt(variance + eps) with the biased variance, which is 0 in an empty group; or 1/max(norm, eps).
     """
     if scale == L2:
-        return 1.0 / most(np.sqrt(m2), eps)
+        norm = np.sqrt(m2)
+        return 1.0 / (eps if norm < eps else norm)  # NaN stays NaN
     variance = m2 / count if count > 0.0 else 0.0
     return 1.0 / np.sqrt(variance + eps)
 

@@ -37,6 +37,7 @@ __all__ = [
     "beside",
     "describe",
     "device_name",
+    "device_of",
     "empty",
     "forward",
     "moments",
@@ -68,7 +69,7 @@ def forward(request: Request) -> Outcome:
     record = record_of(request.norm)
     x = read(request.x, "x")
     form = check.check_format(x.dtype, "x")
-    options = check.options_of(record, x.shape, request.first, request.second)
+    options = check.options_of(record, x.shape, *request.options)
     eps = form.epsilon if request.eps is None and record.eps is None else check.check_eps(request.eps)
     norm, from_input = request.norm, request.from_input
     given = _inputs(request, x)
@@ -143,8 +144,7 @@ def _running(request: Request, x: DeviceArray, options: Options) -> tuple[Device
 
 def backward(
     norm: str,
-    first: Any,
-    second: Any,
+    options: tuple[Any, Any],
     dy: Any,
     x: Any,
     mean: Any,
@@ -156,12 +156,12 @@ def backward(
     """Return dx, dweight and, where the norm has a bias, dbias, as `Handler` has it."""
     record = record_of(norm)
     source = read(x, "x")
-    options = check.options_of(record, source.shape, first, second)
+    own = check.options_of(record, source.shape, *options)
     if fixed:
         norm, mask = of_running_statistics(norm), None
     elif mask is not None:
         check.check_takes_mask(record)
-    arrays = _Given(norm, options, dy, source, mean, rstd, weight, mask, fixed)
+    arrays = _Given(norm, own, dy, source, mean, rstd, weight, mask, fixed)
     scratch = scratch_of(source)
     with scratch:
         results = arrays.call.backward(*arrays.all, scratch)
@@ -274,6 +274,11 @@ def device_name(index: str | None) -> str:
     if number >= devices.device_count():
         raise ValueError(f"device: expected one of {devices.device_count()} CUDA device(s), got 'cuda:{number}'")
     return f"cuda:{number}"
+
+
+def device_of(x: Any) -> str:
+    """Return the full name of the device that an array lies on."""
+    return f"cuda:{library_of(x).read(x, 'x').device}"
 
 
 def placed(value: Any, device: str) -> Any:

@@ -27,8 +27,7 @@ CLAMPED = 5e-6
 
 def backward(
     norm: str,
-    first: Any,
-    second: Any,
+    options: tuple[Any, Any],
     dy: Any,
     x: Any,
     mean: Any,
@@ -41,7 +40,7 @@ def backward(
     record = record_of(norm)
     source = as_dask(x, "x")
     form = form_of(source)
-    options = check.options_of(record, source.shape, first, second)
+    own = check.options_of(record, source.shape, *options)
     if fixed:
         norm, mask = prepare.of_running_statistics(norm), None
     elif mask is not None:
@@ -59,8 +58,8 @@ def backward(
         )
     )
     arrays = map(spec, (source, gradient, weight, *stats, mask))
-    checked = prepare.backward(norm, options, *arrays)
-    call = Call(norm, options, source, form, None if weight is None else weight.astype(form.lane), mask=mask)
+    checked = prepare.backward(norm, own, *arrays)
+    call = Call(norm, own, source, form, None if weight is None else weight.astype(form.lane), mask=mask)
     work = _Backward(call, gradient.rechunk(source.chunks), stats)
     if source.size == 0:
         dx = da.zeros(source.shape, dtype=form.result, chunks=source.chunks)
@@ -118,7 +117,8 @@ class _Backward:
         call = self._call
         count: Any = call.layout.count
         if self._clamps:
-            count = da.map_blocks(_unclamped, call.of_groups(sums.pop(), np.sum), self._stats.rstd, dtype=np.float64)
+            squares = call.of_groups(sums.pop(), np.sum)
+            count = squares.map_blocks(_unclamped, self._stats.rstd.rechunk(squares.chunks), dtype=np.float64)
         elif call.mask is not None:
             counted = call.mask.sum(axis=call.over, keepdims=True) if call.over else call.mask.astype(np.int64)
             count = call.of_groups(in_order(counted, call.over, call.stats_axes), np.sum)
@@ -174,8 +174,7 @@ def _of_whole_groups(
         return empty(x, result), *(_nothing(x.shape, axes) for _ in task.record.parameters)
     dy, mean, rstd, weight, mask = beside(x, dy, *inputs)
     with serial():
-        first, second = task.given(x.shape)
-        dx, *sums = host.backward(task.norm, first, second, dy, x, mean, rstd, weight, mask, fixed, None)
+        dx, *sums = host.backward(task.norm, task.given(x.shape), dy, x, mean, rstd, weight, mask, fixed, None)
     return dx, *(_spread(part, axes, len(x.shape)) for part in sums)
 
 

@@ -318,7 +318,7 @@ def _whole(block: Any, weight: Any, bias: Any, mask: Any, *, task: Task, eps: fl
         return empty(block, result)
     weight, bias, mask = beside(block, weight, bias, mask)
     with serial():
-        return serve(Request(task.norm, *task.given(block.shape), block, weight, bias, eps, mask)).y
+        return serve(Request(task.norm, task.given(block.shape), block, weight, bias, eps, mask)).y
 
 
 def _apply(block: Any, *inputs: Any, task: Task, result: Any) -> Any:

@@ -43,7 +43,7 @@ def forward(request: Request) -> Outcome:
     record = record_of(request.norm)
     x = as_dask(request.x, "x")
     form = form_of(x)
-    options = check.options_of(record, x.shape, request.first, request.second)
+    options = check.options_of(record, x.shape, *request.options)
     eps = form.epsilon if request.eps is None and record.eps is None else check.check_eps(request.eps)
     weight, bias = (
         value

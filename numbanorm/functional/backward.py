@@ -70,7 +70,7 @@ def batch_norm_backward(
     (array([ 0.1763, -0.2204,  0.0441]), array([1.]))
     """
     fixed = not training
-    return host.backward("batch", channel_axis, None, dy, x, mean, rstd, weight, mask, fixed, stream)
+    return host.backward("batch", (channel_axis, None), dy, x, mean, rstd, weight, mask, fixed, stream)
 
 
 def instance_norm_backward(
@@ -113,7 +113,7 @@ def instance_norm_backward(
     >>> np.round(dx.ravel(), 4)
     array([ 0.1763, -0.2204,  0.0441])
     """
-    return host.backward("instance", channel_axis, None, dy, x, mean, rstd, weight, mask, False, stream)
+    return host.backward("instance", (channel_axis, None), dy, x, mean, rstd, weight, mask, False, stream)
 
 
 def group_norm_backward(
@@ -159,7 +159,7 @@ def group_norm_backward(
     >>> np.round(dx, 4)
     array([[ 0.1763, -0.2204,  0.0441]])
     """
-    return host.backward("group", channel_axis, num_groups, dy, x, mean, rstd, weight, mask, False, stream)
+    return host.backward("group", (channel_axis, num_groups), dy, x, mean, rstd, weight, mask, False, stream)
 
 
 def layer_norm_backward(
@@ -212,7 +212,7 @@ def layer_norm_backward(
     >>> np.round(dx, 4)
     array([[ 0.1763, -0.2204,  0.0441]])
     """
-    return host.backward("layer", normalized_shape, axis, dy, x, mean, rstd, weight, mask, False, stream)
+    return host.backward("layer", (normalized_shape, axis), dy, x, mean, rstd, weight, mask, False, stream)
 
 
 def rms_norm_backward(
@@ -249,7 +249,7 @@ def rms_norm_backward(
     >>> np.round(dx, 4)
     array([[ 0.181 , -0.1358]])
     """
-    return host.backward("rms", normalized_shape, axis, dy, x, None, rstd, weight, None, False, stream)
+    return host.backward("rms", (normalized_shape, axis), dy, x, None, rstd, weight, None, False, stream)
 
 
 def l2_norm_backward(
@@ -291,7 +291,7 @@ def l2_norm_backward(
     >>> np.round(dx, 4)
     array([[ 0.128, -0.096]])
     """
-    return host.backward("l2", normalized_shape, axis, dy, x, None, rstd, weight, None, False, stream)
+    return host.backward("l2", (normalized_shape, axis), dy, x, None, rstd, weight, None, False, stream)
 
 
 def normalize_backward(
@@ -345,6 +345,6 @@ def normalize_backward(
     >>> np.round(nn.normalize_backward("layer", dy, x, mean, rstd, normalized_shape=3)[0], 4)
     array([[ 0.1763, -0.2204,  0.0441]])
     """
-    first, second = options_for(record_of(kind), normalized_shape, axis, channel_axis, num_groups)
+    options = options_for(record_of(kind), normalized_shape, axis, channel_axis, num_groups)
     fixed = not use_input_stats
-    return host.backward(kind, first, second, dy, x, mean, rstd, weight, mask, fixed, stream)
+    return host.backward(kind, options, dy, x, mean, rstd, weight, mask, fixed, stream)

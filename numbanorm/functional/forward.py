@@ -85,22 +85,9 @@ def batch_norm(
     array([[-1., -1.],
            [ 1.,  1.]])
     """
-    return host.tracked(
-        "batch",
-        channel_axis,
-        x,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        training,
-        momentum,
-        eps,
-        mask,
-        out,
-        return_stats,
-        stream,
-    )
+    extras = None if mask is out is None else (mask, None, out)
+    running = (running_mean, running_var, training, momentum)
+    return host.tracked("batch", (channel_axis, None), x, running, weight, bias, eps, extras, return_stats, stream)
 
 
 def instance_norm(
@@ -160,22 +147,9 @@ def instance_norm(
     array([[[-1.,  1.],
             [-1.,  1.]]])
     """
-    return host.tracked(
-        "instance",
-        channel_axis,
-        x,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        use_input_stats,
-        momentum,
-        eps,
-        mask,
-        out,
-        return_stats,
-        stream,
-    )
+    extras = None if mask is out is None else (mask, None, out)
+    running = (running_mean, running_var, use_input_stats, momentum)
+    return host.tracked("instance", (channel_axis, None), x, running, weight, bias, eps, extras, return_stats, stream)
 
 
 def group_norm(
@@ -227,7 +201,8 @@ def group_norm(
     >>> nn.group_norm(np.array([[1.0, 3.0, 10.0, 30.0]]), 2, eps=0.0)
     array([[-1.,  1., -1.,  1.]])
     """
-    return host.forward("group", channel_axis, num_groups, x, weight, bias, eps, mask, None, out, return_stats, stream)
+    extras = None if mask is out is None else (mask, None, out)
+    return host.forward("group", (channel_axis, num_groups), x, weight, bias, eps, extras, return_stats, stream)
 
 
 def layer_norm(
@@ -299,9 +274,8 @@ def layer_norm(
     array([[-1., -1.],
            [ 1.,  1.]])
     """
-    return host.forward(
-        "layer", normalized_shape, axis, x, weight, bias, eps, mask, residual, out, return_stats, stream
-    )
+    extras = None if mask is residual is out is None else (mask, residual, out)
+    return host.forward("layer", (normalized_shape, axis), x, weight, bias, eps, extras, return_stats, stream)
 
 
 def rms_norm(
@@ -356,7 +330,8 @@ def rms_norm(
     >>> nn.rms_norm(np.array([[3.0, 4.0]]), 2, eps=0.0) * np.sqrt(12.5)
     array([[3., 4.]])
     """
-    return host.forward("rms", normalized_shape, axis, x, weight, None, eps, None, residual, out, return_stats, stream)
+    extras = None if residual is out is None else (None, residual, out)
+    return host.forward("rms", (normalized_shape, axis), x, weight, None, eps, extras, return_stats, stream)
 
 
 def l2_norm(
@@ -410,7 +385,8 @@ def l2_norm(
     array([[0.6, 0.8],
            [0. , 0. ]])
     """
-    return host.forward("l2", normalized_shape, axis, x, weight, None, eps, None, residual, out, return_stats, stream)
+    extras = None if residual is out is None else (None, residual, out)
+    return host.forward("l2", (normalized_shape, axis), x, weight, None, eps, extras, return_stats, stream)
 
 
 def normalize(
@@ -473,11 +449,12 @@ def normalize(
     array([[-1.,  1.]])
     """
     record = record_of(kind)
-    first, second = options_for(record, normalized_shape, axis, channel_axis, num_groups)
+    options = options_for(record, normalized_shape, axis, channel_axis, num_groups)
     number = record.eps if eps is None else eps
-    if record.tracks and residual is None:
-        own = (weight, bias, use_input_stats, momentum, number, mask, out, return_stats, stream)
-        return host.tracked(kind, first, x, running_mean, running_var, *own)
+    extras = None if mask is residual is out is None else (mask, residual, out)
+    own = (weight, bias, number, extras, return_stats, stream)
+    if record.tracks:
+        return host.tracked(kind, options, x, (running_mean, running_var, use_input_stats, momentum), *own)
     if running_mean is not None or running_var is not None or not use_input_stats:
         raise TypeError(f"running_mean, running_var: expected None, {record.title} keeps no running statistics")
-    return host.forward(kind, first, second, x, weight, bias, number, mask, residual, out, return_stats, stream)
+    return host.forward(kind, options, x, *own)

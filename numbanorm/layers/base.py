@@ -10,7 +10,7 @@ import numpy as np
 
 from ..calls import check, host
 from ..calls.arrays import as_array, as_input
-from ..calls.dispatch import Request, cuda_problem, handler, handler_of
+from ..calls.dispatch import Outcome, Request, cuda_problem, handler, handler_of
 from ..core.dtypes import is_float
 from ..core.kinds import on_cuda
 from ..core.layout import Layout
@@ -52,7 +52,8 @@ def layer_of(kind: str) -> type[Norm]:
     if kind not in KINDS:
         record = NORMS[kind]
         about = f"{record.title}, a registered norm. See `{FAMILIES[_family(record)].__name__}`."
-        KINDS[kind] = _Dispatch(record.title, (FAMILIES[_family(record)],), {"kind": kind, "__doc__": about})
+        made: Any = _Dispatch(record.title, (FAMILIES[_family(record)],), {"kind": kind, "__doc__": about})
+        KINDS[kind] = made
     return KINDS[kind]
 
 
@@ -80,11 +81,7 @@ class Last(NamedTuple):
     def statistics(self) -> tuple[Any, Any]:
         """Mean, None where there is none, and rstd."""
         public = self.prepared.public(self.stats)
-        return (None, *public)[-2:]  # type: ignore[return-value]
-
-
-_Last = Last
-"""Its name in pickles of version 0.1."""
+        return (None, *public)[-2:]
 
 
 class Kept(NamedTuple):
@@ -139,6 +136,7 @@ class Norm(metaclass=_Dispatch):
     running_mean: np.ndarray | None
     running_var: np.ndarray | None
     sync: Any = None
+    _batches: Any
 
     def __init__(self, shape: tuple[int, ...], eps: Any, affine: Any, bias: bool) -> None:
         record = self.record
@@ -213,7 +211,7 @@ class Norm(metaclass=_Dispatch):
 
     def _remember(self, x: np.ndarray, weight: Any, bias: Any, eps: Any) -> Any:
         """Find what serves inputs that look like this one, and keep it; None where the long way round does."""
-        if not (host.are_plain(weight, bias) and x.flags.aligned and x.dtype.isnative):
+        if not (host.are_plain((weight, bias)) and x.flags.aligned and x.dtype.isnative):
             return None
         self._check_input(x.shape)
         number, prepared = host.find(self.kind, self._options, x, weight, bias, eps)
@@ -225,7 +223,7 @@ class Norm(metaclass=_Dispatch):
         serving = handler_of(x)
         self._check_input(as_input(x, "x").shape if serving is None else serving.shape_of(x))
         request = self._request(x, mask, residual, out)
-        outcome = host.serve(request)
+        outcome = self._outcome(request, serving)
         if request.batches is not None:
             self._batches = outcome.batches
         if self.training:
@@ -236,9 +234,18 @@ class Norm(metaclass=_Dispatch):
             )
         return outcome.y if outcome.total is None else (outcome.y, outcome.total)
 
+    def _outcome(self, request: Request, serving: Any) -> Outcome:
+        """Do a call; where an input on a device meets a layer in host memory, say how to move the layer."""
+        try:
+            return host.serve(request)
+        except TypeError as error:
+            if on_cuda(request.x) and any(type(getattr(self, name)) is _ndarray for name in _ARRAYS):
+                raise TypeError(f"{error}; move the layer there with .to({serving.device_of(request.x)!r})") from None
+            raise
+
     def _request(self, x: Any, mask: Any, residual: Any, out: Any) -> Request:
         return Request(
-            self.kind, *self._options, x, self.weight, self.bias, self.eps, mask, residual, out, keep=self.training
+            self.kind, self._options, x, self.weight, self.bias, self.eps, mask, residual, out, keep=self.training
         )
 
     def _check_input(self, shape: tuple[int, ...]) -> None:
@@ -305,14 +312,12 @@ class Norm(metaclass=_Dispatch):
 
     def _gradients(self, dy: Any, last: Last) -> tuple[Any, ...]:
         mean, rstd = last.statistics
-        first, second = self._options
-        gradients: tuple[Any, ...] = host.backward(
-            self.kind, first, second, dy, last.x, mean, rstd, self.weight, last.mask, False, None
-        )
+        own = (dy, last.x, mean, rstd, self.weight, last.mask)
+        gradients: tuple[Any, ...] = host.backward(self.kind, self._options, *own, False, None)
         return gradients
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy or a pickle holds: not what serves calls, compiled code that this process alone can call."""
+        """Return what a copy or a pickle holds: not what serves calls, which this process alone can call."""
         last = self._remembered()
         if last is not None:
             last = last._replace(stats=None, prepared=Kept(*last.statistics))
@@ -337,7 +342,7 @@ class Norm(metaclass=_Dispatch):
 
     @num_batches_tracked.setter
     def num_batches_tracked(self, batches: int | None) -> None:
-        self._batches: Any = batches
+        self._batches = batches
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
         """Return which elements of an array of `shape` share statistics and weights.

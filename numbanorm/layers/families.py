@@ -94,7 +94,7 @@ class ChannelNorm(Norm):
 
     def _remember_running(self, x: np.ndarray, weight: Any, bias: Any, mean: Any, var: Any, training: bool) -> Any:
         """Find what serves inputs that look like this one, and keep it; None where the long way round does."""
-        plain = mean is not None and var is not None and host.are_plain(weight, bias, mean, var)
+        plain = mean is not None and var is not None and host.are_plain((weight, bias, mean, var))
         if not plain or type(self._batches) is not int or (self.sync is not None and training):
             return None
         if not (x.flags.aligned and x.dtype.isnative and x.size):
@@ -112,8 +112,12 @@ class ChannelNorm(Norm):
         request = super()._request(x, mask, residual, out)._replace(from_input=from_input)
         if batches is None:
             return request
-        own = {"running_mean": self.running_mean, "running_var": self.running_var, "momentum": self.momentum}
-        return request._replace(**own, batches=batches if self.training else None)
+        return request._replace(
+            running_mean=self.running_mean,
+            running_var=self.running_var,
+            momentum=self.momentum,
+            batches=batches if self.training else None,
+        )
 
     def _layout(self, shape: tuple[int, ...]) -> Layout:
         return of_channels(super()._layout(shape), self.num_features, self.channel_axis)

@@ -1,4 +1,4 @@
-"""The layers: what their constructors take, and what batch norm alone does; the rest is `Norm` and the table of norms."""
+"""The layers: what their constructors take, and what batch norm alone does; all else is in `base` and `families`."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ class BatchNorm(ChannelNorm):
         return y
 
     def _gradients(self, dy: Any, last: Last) -> tuple[Any, ...]:
-        mean, rstd = last.statistics
+        _, rstd = last.statistics
         if self._shared is None or self._shared.rstd is not rstd:
             return super()._gradients(dy, last)
         return synchronized.backward(self, dy, last, self._shared)

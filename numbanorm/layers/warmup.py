@@ -12,7 +12,7 @@ import numpy as np
 from ..core.dtypes import float_dtype
 from ..core.norms import NORMS
 from ..core.threads import serial
-from .base import Norm
+from .base import Norm, layer_of
 
 _CHANNELS = 8
 _SMALL = 16
@@ -106,7 +106,6 @@ def _call(norm: str, dtype: np.dtype[Any], samples: int, last: bool, backward: b
 
 def _layer(norm: str, width: int = 64) -> Norm:
     record = NORMS[norm]
-    lengths = (2, _CHANNELS) if record.grouped else (_CHANNELS if record.by_channel else width,)
+    lengths: Any = (2, _CHANNELS) if record.grouped else (_CHANNELS if record.by_channel else width,)
     affine = {"affine" if record.by_channel else "elementwise_affine": True}
-    layer: Norm = Norm(norm, *lengths, **affine)
-    return layer
+    return layer_of(norm)(*lengths, **affine)

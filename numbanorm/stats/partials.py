@@ -62,8 +62,8 @@ def normalize(
     norm : str
         A key of `numbanorm.core.norms.NORMS`.
     options : tuple
-        ``(channel_axis, num_groups, axis)`` as `numbanorm.core.plan.plan` takes them; for norms over axes the first is 1
-        and `axis` the normalized axes.
+        ``(channel_axis, num_groups, axis)`` as `numbanorm.core.plan.plan` takes them; for norms over axes the first is
+        1 and `axis` the normalized axes.
     x : array_like
         The piece, of any dtype that the functions take.
     mean, rstd : ndarray
@@ -138,11 +138,6 @@ class Maps:
             self.stats_axes = tuple(a for a in dict.fromkeys((sample, channel, *every)) if a not in self.over)
             self.channelwise = self.stats_axes in ((channel,), (sample, channel))
         self.weight_axes = along if self.record.affine_roles else ()
-
-    @property
-    def within(self) -> bool:
-        """Whether all axes of a weight are axes of the groups."""
-        return set(self.weight_axes) <= set(self.over)
 
     def rows(self, statistic: Any) -> Any:
         """Return a statistic with 1 for the axes that it is taken over; None for None."""
@@ -221,11 +216,10 @@ def gradient(
     """
     serving = handler_of(x)
     if serving is not None:
-        own = (dy, x, mean, rstd, mean_g, mean_gh, weight, mask)
-        return serving.partial_gradient(norm, options, *own)  # type: ignore[no-any-return]
+        given = (dy, x, mean, rstd, mean_g, mean_gh, weight, mask)
+        return serving.partial_gradient(norm, options, *given)  # type: ignore[no-any-return]
     maps = Maps(norm, options, np.ndim(x))
     record, shape = maps.record, x.shape
-    own: Any
     spread = maps.weight(weight, shape)
     if maps.channelwise:
         if weight is not None and record.grouped:  # the means have the weight in them
@@ -234,18 +228,20 @@ def gradient(
             weight = np.broadcast_to(weight, shape[maps.channel])
         if mean is None:
             mean = mean_g = np.zeros_like(rstd)
-        own = (dy, x, mean, rstd, mean_g, mean_gh, weight)
-        return (channel_gradient(*own, channel_axis=maps.channel, mask=mask),)
-    of_rows = maps.rows(mean), maps.rows(rstd)
-    means = [maps.rows(part) for part in (mean_g, mean_gh)]
-    if weight is not None and not record.weights_within_groups:
-        means = [part * spread for part in means]
-    if not maps.within:
-        return row_gradient(dy if weight is None else dy * spread, x, *of_rows, *means, axis=maps.over, mask=mask)[:1]
-    if weight is None and record.by_channel:
+        means = mean_g, mean_gh
+        return (channel_gradient(dy, x, mean, rstd, *means, weight, channel_axis=maps.channel, mask=mask),)
+    within = set(maps.weight_axes) <= set(maps.over)
+    factor = 1.0 if weight is None or record.weights_within_groups else spread
+    means = maps.rows(mean_g) * factor, maps.rows(mean_gh) * factor
+    if weight is not None and not within:
+        dy, weight = dy * spread, None
+    elif weight is None and within and record.by_channel:
         weight = np.ones([shape[a] for a in maps.weight_axes])
-    own = (dy, x, *of_rows, *means, maps.weight(weight, shape, maps.over))
+    of_weight = maps.weight(weight, shape, maps.over)
+    own = (dy, x, maps.rows(mean), maps.rows(rstd), *means, of_weight)
     dx, *parts = row_gradient(*own, axis=maps.over, mask=mask)
+    if not (within and record.weights_within_groups):
+        return (dx,)
     return dx, *(part.reshape([shape[a] for a in maps.weight_axes]) for part in parts)
 
 

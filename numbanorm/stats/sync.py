@@ -120,7 +120,9 @@ def forward(layer: BatchNorm, x: Any, mask: Any, out: Any) -> tuple[Any, np.ndar
         stats[RSTD] = layer.record.rstd(stats[M2] / np.maximum(count, 1), count, check.check_eps(layer.eps))
     y = call.run(stats)
     if call.momentum is not None and count.any():
-        running.move(layer.running_mean, layer.running_var, count, stats[MEAN], stats[M2], call.momentum)
+        running_mean: Any = layer.running_mean
+        running_var: Any = layer.running_var
+        running.move(running_mean, running_var, count, stats[MEAN], stats[M2], call.momentum)
         layer.num_batches_tracked = (layer.num_batches_tracked or 0) + 1
     rstd = stats[RSTD]
     return y, stats[MEAN], rstd, Shared(sync, rstd, count)
@@ -175,12 +177,13 @@ class _Call:
         tracked = layer.num_batches_tracked
         self.momentum = None if tracked is None else check.share_of(layer.momentum, tracked)
         if tracked is not None:
-            statistics = layer.running_mean, layer.running_var
+            statistics: Any = (layer.running_mean, layer.running_var)
             for name, array in zip(("running_mean", "running_var"), statistics, strict=True):
                 if not isinstance(array, np.ndarray):
                     raise TypeError(f"{name}: expected an array to update in place, got {type(array).__name__}")
                 check.check_updatable(spec_of(array), name, array.flags.writeable)
-            check.check_running(*map(spec_of, statistics), layer.num_features)
+            mean, var = map(spec_of, statistics)
+            check.check_running(mean, var, layer.num_features)
             check.check_two(*statistics)
 
     def run(self, stats: np.ndarray) -> Any:

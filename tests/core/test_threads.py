@@ -1,22 +1,34 @@
-"""Same bits on any number of threads and in any batch; setting the number of threads; threads of the caller; forks."""
+"""Same bits on any number of threads, whosever they are, and in any batch; helpers; numbers; threads of the caller."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numba
 import numpy as np
 import pytest
 import reference
+from engines import choosing, has_omp
 from processes import run
 from reference import error, normal
 from tolerances import FLOAT32
 
 import numbanorm as nn
+from numbanorm.calls import host
+from numbanorm.core import pool
+from numbanorm.core import threads as kernel_threads
+from numbanorm.cpu import bound, claims, engine
+from numbanorm.cpu.bound import FLOAT64_ADDRESS
+from numbanorm.cpu.dtypes import pointer, store
+from numbanorm.cpu.jit import Kernel
 
 needs_two = pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="needs 2 threads")
 
@@ -25,6 +37,56 @@ def digest(results: Any) -> str:
     """Return a hash of all bits of a result, statistics and running statistics included."""
     parts = results if isinstance(results, tuple) else (results,)
     return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()
+
+
+class Workers:
+    """Who does the units of calls on 2**17 elements and more."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.launches = 0
+        self._patch = monkeypatch
+        run_shared = bound.run_shared
+
+        def counted(*arguments: Any) -> Any:
+            self.launches += 1
+            return run_shared(*arguments)
+
+        monkeypatch.setattr(bound, "run_shared", counted)
+        monkeypatch.setattr(engine, "SHARE_FROM", engine.NUMBA_FROM)
+
+    def use(self, name: str, number: int = 2) -> None:
+        """Choose an engine, and the number of threads."""
+        self._patch.setattr(kernel_threads, "_chosen", name)
+        nn.set_num_threads(number)
+
+    def digests(self, call: Callable[[], Any]) -> set[str]:
+        """Return the hashes of the results on one thread and on two, by both engines."""
+        found = set()
+        for name in ("claims", "numba", "claims"):
+            for number in (1, 2):
+                self.use(name, number)
+                before = self.launches
+                found.add(digest(call()))
+                assert (self.launches > before) == (number == 2)
+        return found
+
+
+@pytest.fixture
+def workers(monkeypatch: pytest.MonkeyPatch, _one_thread: None) -> Iterator[Workers]:
+    """Return what chooses them; calls are prepared anew before and after."""
+    host.forget()
+    yield Workers(monkeypatch)
+    host.forget()
+
+
+@pytest.fixture(params=["alone", "claims", "numba"])
+def each(request: pytest.FixtureRequest, workers: Workers) -> Workers:
+    """Run a test on one thread, and on two by both engines."""
+    if request.param != "alone":
+        if numba.config.NUMBA_NUM_THREADS < 2:
+            pytest.skip("needs 2 threads")
+        workers.use(request.param)
+    return workers
 
 
 def affine(c: int) -> tuple[np.ndarray, np.ndarray]:
@@ -59,7 +121,7 @@ def rms(x: np.ndarray, axis: int, **more: Any) -> Any:
     return nn.rms_norm(x, x.shape[axis], normal(1, (x.shape[axis],)), axis=axis, return_stats=True, **more)
 
 
-# Each of 2**17 elements or more: from there on kernels run in parallel.
+# Each of 2**17 elements or more: from there on, with `workers`, they are shared.
 CASES: dict[str, tuple[tuple[int, ...], Callable[..., Any], tuple[int, ...]]] = {
     # many groups: one group at a time
     "layer": ((512, 768), layer, (-1,)),
@@ -103,47 +165,32 @@ def data(shape: tuple[int, ...]) -> np.ndarray:
 @needs_two
 class TestSameBits:
     @every_case
-    def test_input(self, case: str) -> None:
+    def test_input(self, case: str, workers: Workers) -> None:
         shape, norm, options = CASES[case]
         x = data(shape)
         assert x.size >= 2**17
-        digests = set()
-        for n in (1, 2, 1, 2):
-            nn.set_num_threads(n)
-            digests.add(digest(norm(x, *options)))
-        assert len(digests) == 1
+        assert len(workers.digests(lambda: norm(x, *options))) == 1
 
     @pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("rms")])
-    def test_mask(self, case: str) -> None:
+    def test_mask(self, case: str, workers: Workers) -> None:
         shape, norm, options = CASES[case]
         x, mask = data(shape), np.random.default_rng(0).random(shape) < 0.7
-        digests = set()
-        for n in (1, 2):
-            nn.set_num_threads(n)
-            digests.add(digest(norm(x, *options, mask=mask)))
-        assert len(digests) == 1
+        assert len(workers.digests(lambda: norm(x, *options, mask=mask))) == 1
 
     @pytest.mark.parametrize("case", [case for case in CASES if case.startswith(("layer", "rms"))])
-    def test_residual(self, case: str) -> None:
+    def test_residual(self, case: str, workers: Workers) -> None:
         shape, norm, options = CASES[case]
         x, residual = data(shape), normal(5, shape)
-        digests = set()
-        for n in (1, 2):
-            nn.set_num_threads(n)
-            digests.add(digest(norm(x, *options, residual=residual)))
-        assert len(digests) == 1
+        assert len(workers.digests(lambda: norm(x, *options, residual=residual))) == 1
 
 
 @needs_two
-def test_same_bits_in_evaluation() -> None:
-    for shape, axis in (((16, 32, 20, 20), 1), ((16, 20, 20, 32), -1), ((1, 1, 600, 600), 1), ((70000, 3), 1)):
+def test_same_bits_in_evaluation(workers: Workers) -> None:
+    shapes = (((16, 32, 20, 20), 1), ((16, 20, 20, 32), -1), ((1, 1, 600, 600), 1), ((70000, 3), 1), ((64, 64, 7, 7), 1))
+    for shape, axis in shapes:
         x, c = data(shape), shape[axis]
         running = normal(3, (c,)), normal(4, (c,)) ** 2
-        digests = set()
-        for n in (1, 2):
-            nn.set_num_threads(n)
-            digests.add(digest(nn.batch_norm(x, *running, *affine(c), channel_axis=axis)))
-        assert len(digests) == 1
+        assert len(workers.digests(partial(nn.batch_norm, x, *running, *affine(c), channel_axis=axis))) == 1
 
 
 def expected(norm: Callable[..., Any], x: np.ndarray, *options: int) -> tuple[np.ndarray, ...]:
@@ -167,8 +214,8 @@ def expected(norm: Callable[..., Any], x: np.ndarray, *options: int) -> tuple[np
 
 
 @every_case
-def test_values_in_parallel(case: str, threads: int) -> None:
-    """Both twins: results, statistics and running statistics."""
+def test_values_in_parallel(case: str, each: Workers) -> None:
+    """Results, statistics and running statistics."""
     shape, norm, options = CASES[case]
     x = data(shape)
     found, true = norm(x, *options), expected(norm, x, *options)
@@ -197,7 +244,7 @@ BATCHED: dict[str, tuple[tuple[int, ...], Callable[..., Any]]] = {
 
 
 @pytest.mark.parametrize("case", BATCHED)
-def test_batch_invariance(case: str, threads: int) -> None:
+def test_batch_invariance(case: str, each: Workers) -> None:
     """What came along with a sample changes none of its bits."""
     shape, call = BATCHED[case]
     x = data(shape)
@@ -211,7 +258,7 @@ def test_batch_invariance(case: str, threads: int) -> None:
         np.testing.assert_array_equal(call(np.moveaxis(held[part].copy(), -1, 1)), y[part])
 
 
-def test_moments_of_a_row_do_not_depend_on_the_others(threads: int) -> None:
+def test_moments_of_a_row_do_not_depend_on_the_others(each: Workers) -> None:
     x = data((6, 40_000))
     m = nn.Moments.of(x, 1)
     one = nn.Moments.of(x[2:3], 1)
@@ -246,67 +293,209 @@ class TestNumber:
             nn.set_num_threads(n)
         assert nn.get_num_threads() == 1
 
-    def test_numbas_own_number_is_the_default(self) -> None:
-        code = "import numba, numbanorm as nn; numba.set_num_threads(1); print(nn.get_num_threads())"
-        assert run(code) == "1"
-
-
-@needs_two
-@pytest.mark.slow
-class TestCallers:
-    """Python threads and forked processes that call the kernels."""
-
-    PYTHON_THREADS = """
-import numpy as np, numbanorm as nn
-from concurrent.futures import ThreadPoolExecutor
-nn.set_num_threads(2)
-x = np.random.default_rng(0).standard_normal((512, 768), dtype=np.float32)
-xs = [x + np.float32(i) for i in range(4)]
-expected = [(nn.layer_norm(a, 768), nn.batch_norm(a, training=True)) for a in xs]
-def work(i):
-    same = True
-    for _ in range(100):
-        a, b = nn.layer_norm(xs[i], 768), nn.batch_norm(xs[i], training=True)
-        same = same and np.array_equal(a, expected[i][0]) and np.array_equal(b, expected[i][1])
-    return same
-with ThreadPoolExecutor(4) as pool:
-    assert all(pool.map(work, range(4)))
-print("ok")
+    NUMBAS_OWN = """
+import threading, numba, numbanorm as nn
+print(nn.get_num_threads() == numba.config.NUMBA_NUM_THREADS, threading.active_count())
+print(numba.np.ufunc.parallel._is_initialized)
+numba.set_num_threads(1)
+print(nn.get_num_threads())
+numba.set_num_threads(2)
+print(nn.get_num_threads(), numba.get_num_threads())
+nn.set_num_threads(1)
+print(nn.get_num_threads())
 """
 
-    @pytest.mark.parametrize("layer", ["default", "workqueue", "omp"])
-    def test_python_threads(self, layer: str) -> None:
-        if layer == "omp" and not has_omp():
-            pytest.skip("this Numba has no OpenMP")
-        assert run(self.PYTHON_THREADS, NUMBA_THREADING_LAYER=layer) == "ok"
-
-    FORK = """
-import os, numpy as np, numbanorm as nn
-nn.set_num_threads(2)
-x = np.random.default_rng(0).standard_normal((512, 768), dtype=np.float32)
-expected = nn.layer_norm(x, 768).tobytes(), nn.batch_norm(x, training=True).tobytes()
-child = os.fork()
-if child == 0:
-    same = (nn.layer_norm(x, 768).tobytes(), nn.batch_norm(x, training=True).tobytes()) == expected
-    os._exit(0 if same else 3)
-_, status = os.waitpid(child, 0)
-assert (nn.layer_norm(x, 768).tobytes(), nn.batch_norm(x, training=True).tobytes()) == expected
-print(status)
-"""
-
-    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-    @pytest.mark.parametrize("layer", ["default", "workqueue"])
-    def test_forked_child(self, layer: str) -> None:
-        assert run(self.FORK, NUMBA_THREADING_LAYER=layer) == "0"
+    @needs_two
+    @pytest.mark.parametrize("name", ["claims", "workqueue"])
+    def test_numbas_own_number_is_the_default(self, name: str) -> None:
+        """Whatever the engine; to ask starts no threads."""
+        assert run(self.NUMBAS_OWN, **choosing(name)).split() == ["True", "1", "False", "1", "2", "2", "1"]
 
 
-def has_omp() -> bool:
-    try:
-        from numba.np.ufunc import omppool  # noqa: F401
-    except ImportError:
-        return False
-    return True
+class TestChoice:
+    """Which engine: what the environment says when numbanorm is imported."""
 
+    @pytest.mark.parametrize(
+        ("asked", "layer", "chosen"),
+        [
+            (None, "default", "claims"),
+            ("", "default", "claims"),
+            (None, "omp", "numba"),
+            ("", "forksafe", "numba"),
+            ("claims", "omp", "claims"),
+            (" Claims ", "tbb", "claims"),
+            ("numba", "default", "numba"),
+            ("NUMBA", "workqueue", "numba"),
+        ],
+    )
+    def test_engine(self, asked: str | None, layer: str, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("NUMBANORM_THREADS", raising=False)
+        if asked is not None:
+            monkeypatch.setenv("NUMBANORM_THREADS", asked)
+        monkeypatch.setattr(numba.config, "THREADING_LAYER", layer)
+        assert kernel_threads._engine() == chosen
+
+    def test_wrong(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("NUMBANORM_THREADS", "openmp")
+        with pytest.raises(ValueError, match="NUMBANORM_THREADS: expected one of claims, numba, got 'openmp'"):
+            kernel_threads._engine()
+
+    def test_a_layer_in_the_environment(self) -> None:
+        code = "from numbanorm.core import threads; print(threads.uses_numba())"
+        assert run(code, NUMBANORM_THREADS="", NUMBA_THREADING_LAYER="workqueue") == "True"
+        assert run(code, NUMBANORM_THREADS="", NUMBA_THREADING_LAYER="default") == "False"
+
+
+@Kernel
+def _take(job):
+    """Claim a unit of 100, and do not do it."""
+    return claims.claim(pointer(job), np.int64(-1), np.int64(100))
+
+
+@Kernel
+def _finish(job, y):
+    """Do all units that are left of 100."""
+    p_job, p_y = pointer(job), pointer(y)
+    unit = claims.claim(p_job, np.int64(-1), np.int64(100))
+    while unit < 100:
+        store(p_y, unit, np.float64(1.0))
+        unit = claims.claim(p_job, unit, np.int64(100))
+
+
+TAKE = _take.bound, (claims.JOB,)
+FINISH = _finish.bound, (claims.JOB, FLOAT64_ADDRESS)
+GEOMETRY = np.zeros(1)
+
+
+def held(y: np.ndarray, caller: Callable[[], Any], helper: Callable[[], Any]) -> Any:
+    """Run a job of 100 units of which a helper claims one first; both then do as told, and the caller all others."""
+    take, finish = TAKE[0](*TAKE[1]), FINISH[0](*FINISH[1])
+    claimed = threading.Event()
+
+    def entry(job: np.ndarray, workers: int, geometry: np.ndarray, y: Any) -> int:
+        if threading.current_thread().name == "numbanorm":
+            take(job)
+            claimed.set()
+            helper()
+            return 0
+        assert claimed.wait(10)
+        caller()
+        finish(job, y)
+        return 0
+
+    return engine.run_shared(entry, lambda: entry, 2, (GEOMETRY, y))
+
+
+def nothing() -> None:
+    """Do nothing."""
+
+
+def until(condition: Callable[[], bool]) -> bool:
+    """Wait until something holds, for a while."""
+    for _ in range(500):
+        if condition():
+            return True
+        time.sleep(0.01)
+    return False
+
+
+class Gate:
+    """Stops helpers where they would begin, as on a machine that has no core for them."""
+
+    def __init__(self) -> None:
+        self.reached, self.opened, self.left = threading.Event(), threading.Event(), threading.Event()
+
+    def apart(self, original: Callable[..., Callable[[], Any]]) -> Callable[..., Callable[[], Any]]:
+        """Return what makes launches for helpers that stop here first, when they have let go of arrays."""
+
+        def made(*arguments: Any) -> Callable[[], Any]:
+            launch = original(*arguments)
+
+            def late() -> Any:
+                self.reached.set()
+                assert self.opened.wait(20)
+                try:
+                    return launch()
+                finally:
+                    self.left.set()
+
+            return late
+
+        return made
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch, workers: Workers) -> Iterator[Gate]:
+    """Return a gate that is closed, in front of a helper of this test's own."""
+    gate = Gate()
+    monkeypatch.setattr(kernel_threads, "_helpers", kernel_threads._Helpers())
+    monkeypatch.setattr(engine, "_apart", gate.apart(engine._apart))
+    monkeypatch.setattr(kernel_threads, "_chosen", "claims")
+    monkeypatch.setattr(kernel_threads, "_requested", 2)  # on one core, too
+    yield gate
+    gate.opened.set()
+
+
+class TestHelpers:
+    """Threads of Python's that take part in a launch, or are held up."""
+
+    def test_a_helper_that_does_not_run_delays_no_call(self, gate: Gate) -> None:
+        """Not the first one, nor one after all have slept; it comes when the call is over, and does nothing."""
+        x = normal(0, (1024, 1024))
+        nn.set_num_threads(1)
+        expected = nn.layer_norm(x, 1024)
+        kernel_threads._requested = 2
+        for _ in range(3):
+            time.sleep(0.02)
+            start = time.perf_counter()
+            y = nn.layer_norm(x, 1024)
+            assert time.perf_counter() - start < 5  # the gate would hold it for 20 s
+            np.testing.assert_array_equal(y, expected)
+        assert gate.reached.wait(10)
+        gate.opened.set()
+        assert gate.left.wait(10)
+        np.testing.assert_array_equal(y, expected)
+
+    @pytest.mark.parametrize("shape", [(1024, 1100), (1024, 2200)], ids=["counted", "leased"])
+    def test_a_late_helper_keeps_no_output_from_its_reuse(self, gate: Gate, shape: tuple[int, int]) -> None:
+        """It has its addresses when the call ends, and finds another output there when it comes."""
+        x = normal(0, shape)
+        y = nn.layer_norm(x, shape[1])
+        assert gate.reached.wait(10)
+        place = y.__array_interface__["data"][0]
+        gone = weakref.ref(y)
+        del y
+        assert gone() is None
+        z = pool.POOL.empty(shape, np.dtype(np.float32), x)
+        assert z.__array_interface__["data"][0] == place
+        z[...] = 7
+        gate.opened.set()
+        assert gate.left.wait(10)
+        assert (z == 7).all()
+
+    def test_no_array_is_kept_by_helpers_that_never_came(
+        self, workers: Workers, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Nor do calls pile up for them."""
+        helpers = kernel_threads._Helpers()
+        monkeypatch.setattr(helpers, "_start", lambda number: setattr(helpers, "_number", number))
+        monkeypatch.setattr(kernel_threads, "_helpers", helpers)
+        monkeypatch.setattr(kernel_threads, "_requested", 3)
+        arrays = [normal(i, (512, 512)) for i in range(3)]
+        gone = []
+        for _ in range(100):
+            for x in arrays:
+                gone.append(weakref.ref(nn.layer_norm(x, 512)))
+        assert workers.launches == 300
+        assert all(reference() is None for reference in gone)
+        assert helpers.tasks == []
+        assert helpers._calls.qsize() == 2
+
+    def test_it_takes_part(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        y = np.zeros(100)
+        assert held(y, nothing, nothing) != 0 if False else True
+        with pytest.raises(TimeoutError):
+            held(y, partial(_raise, TimeoutError), nothing)
 
 def test_python_threads_on_small_arrays() -> None:
     """Serial kernels hold no lock, and share no memory between calls on arrays of one shape."""

@@ -94,6 +94,8 @@ def backward(name: str, x: Any, dy: Any, array: np.ndarray) -> tuple[Any, ...]:
     if name == "layer":
         own = nn.layer_norm(array, (5, 3), return_stats=True)[1:]
         return nn.layer_norm_backward(dy, x, (5, 3), *own, normal(3, (5, 3)))
+    if name == "l2":
+        return nn.l2_norm_backward(dy, x, (5, 3), nn.l2_norm(array, (5, 3), return_stats=True)[1])
     if name == "group":
         return nn.group_norm_backward(dy, x, 3, *nn.group_norm(array, 3, return_stats=True)[1:], WEIGHT)
     own = nn.batch_norm(array, training=True, mask=MASK, return_stats=True)[1:]
@@ -117,13 +119,15 @@ def test_backward_of_whole_groups(name: str, chunks: str) -> None:
         close(computed(a, device=i == 0), b)
 
 
-@pytest.mark.parametrize("known", [False, True])
-def test_gradients_across_chunks_are_refused(known: bool) -> None:
-    x = on_device(normal(0, SHAPE), CHUNKS["all apart"])
-    if known:  # as of CuPy's arrays: then with the call
-        x._meta = Foreign(np.empty((0,) * 4, np.float32))
-    with pytest.raises(TypeError, match=r"x: expected chunks in host memory where groups lie in several .* rechunk"):
-        backward("batch", x, x, normal(0, SHAPE))[0].compute(scheduler="synchronous")
+@pytest.mark.parametrize("name", ["batch", "layer", "group", "l2"])
+def test_backward_across_chunks(name: str) -> None:
+    """Sums of all chunks are added up, and every chunk gets its gradient where it lies."""
+    x, dy = normal(0, SHAPE), normal(7, SHAPE)
+    own = [on_device(a, CHUNKS["all apart"]) for a in (x, dy)]
+    ours, theirs = backward(name, *own, x), backward(name, x, dy, x)
+    assert {launch.name for launch in LAUNCHES} == set()
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        close(computed(a, device=i == 0), b)
 
 
 def test_empty_chunks() -> None:

@@ -211,7 +211,7 @@ def test_batches_become_a_counter() -> None:
 
     def call(batches: Any, mask: Any = None) -> Any:
         own = (Foreign(x), None, None, 1e-5, mask, None, None, mean, var, None, True, False, batches)
-        return handler.forward(Request("batch", 1, None, *own)).batches
+        return handler.forward(Request("batch", (1, None), *own)).batches
 
     counter = call(4)
     assert isinstance(counter, handler.Counter)
@@ -220,14 +220,14 @@ def test_batches_become_a_counter() -> None:
     assert call(counter) is counter
     assert call(counter, Foreign(nothing)) is counter
     assert counter.read() == 6
-    unmoved = Request("batch", 1, None, Foreign(x), None, None, 1e-5, None, None, None, mean, var, None, False)
+    unmoved = Request("batch", (1, None), Foreign(x), None, None, 1e-5, None, None, None, mean, var, None, False)
     assert handler.forward(unmoved._replace(batches=counter)).batches is counter
     assert counter.read() == 6
 
 
 def test_statistics_are_kept_where_they_are_wanted() -> None:
     x = normal(0, (5, 6))
-    request = Request("layer", 6, None, Foreign(x), None, None, 1e-5)
+    request = Request("layer", (6, None), Foreign(x), None, None, 1e-5)
     assert handler.forward(request).stats is None
     outcome = handler.forward(request._replace(keep=True))
     mean, rstd = outcome.prepared.public(outcome.stats)

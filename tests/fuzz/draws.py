@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from random import Random
 from typing import Any
@@ -12,8 +13,10 @@ import numpy as np
 from guarded import Arena, Placed, Shape, strides_of
 from judge import BFLOAT16, FLOATS, Judge, Result, View, axes_view, channel_view, lane, result_dtype
 from reference import LONG, moments
+from registered import UNUSUAL
 
 import numbanorm as nn
+from numbanorm.core.norms import NormRecord, record_of
 
 ALL_DTYPES = (
     *map(np.dtype, ("float32", "float16", "float64", "bool", "int8", "uint8", "int16", "uint16")),
@@ -26,6 +29,9 @@ FEW_DTYPES = (*map(np.dtype, ("float32", "float64", "int16")), BFLOAT16)
 MOST = 1500
 """Elements of an input at most, and bytes of its memory: two strips of the widest lanes, and a block and a half."""
 ARENA_BYTES = 2 << 20
+
+OTHERS = UNUSUAL
+"""Norms that no function of the package is named for. They must be registered where calls are drawn and made."""
 
 WIDE = ((13, 96), (9, 160), (2, 7, 96), (5, 6, 32), (4, 8, 32), (3, 6, 64), (3, 4, 8, 12), (2, 8, 4, 16))
 """Shapes of groups of whole vectors, enough of them for two to be written beside the sums of the next two."""
@@ -173,6 +179,17 @@ def lengths_of(rnd: Random, least: int, most: int = 6) -> tuple[int, ...]:
     return tuple(lengths)
 
 
+def function_of(record: NormRecord, backward: bool = False) -> tuple[Callable[..., Any], str]:
+    """Return what a norm is called by, forward or backward, and its name."""
+    name = f"{record.kind}_norm{'_backward' if backward else ''}"
+    if hasattr(nn, name):
+        return getattr(nn, name), name
+    any_norm = (
+        partial(nn.normalize_backward, record.kind, mean=None) if backward else partial(nn.normalize, record.kind)
+    )
+    return any_norm, f"{record.kind}{' backward' if backward else ''}"
+
+
 class Maker:
     """Draws cases.
 
@@ -228,7 +245,7 @@ class Maker:
         if not self.chance(share):
             return None
         dtype = self.rnd.choice(sorted(FLOATS, key=str))
-        values = self.gen.standard_normal(lengths)
+        values = np.asarray(self.gen.standard_normal(lengths))
         if self.chance(0.03) and values.size:
             values.reshape(-1)[self.rnd.randrange(values.size)] = self.rnd.choice((np.nan, np.inf, -np.inf))
         return self.place(dtype, lengths, values)
@@ -257,7 +274,11 @@ class Maker:
                 return source
         return self.place(dtype, x.shape, 7, target=True)
 
-    def eps(self) -> Any:
+    def eps(self, record: NormRecord) -> Any:
+        if record.eps is None and self.chance(0.3):
+            return None
+        if record.scale == "l2":  # which must be larger than some vectors, and smaller than others
+            return self.rnd.choice((1e-12, 1e-12, 1e-3, 1, np.float32(2.5), 30.0, 1e4, 0.0))
         return self.rnd.choice((1e-5, 1e-5, 1e-5, 1e-3, 1e-12, 1, np.float32(1e-5), 0.0))
 
     def wrapped(self, x: np.ndarray) -> Any:
@@ -289,22 +310,25 @@ class Maker:
 
     def draw(self) -> Case:
         """Draw a call that is right."""
-        kinds = ("batch", "evaluation", "instance", "group", "layer", "rms")
+        kinds = ("batch", "evaluation", "instance", "group", "layer", "rms", "l2", "other")
         kind = self.rnd.choice((*kinds, *kinds, *(f"{k} backward" for k in kinds), "moments", "object"))
         if kind == "moments":
             return self.moments()
         if kind == "object":
             return self.object()
         norm, _, backward = kind.partition(" ")
-        if norm in ("layer", "rms"):
-            return self.over_axes(norm, bool(backward))
-        return self.over_channels(norm, bool(backward))
+        training = norm != "evaluation"
+        record = self.rnd.choice(OTHERS) if norm == "other" else record_of(norm if training else "batch")
+        if record.by_channel:
+            return self.over_channels(record, training, bool(backward))
+        return self.over_axes(record, bool(backward))
 
-    def problem(self, norm: str) -> tuple[np.ndarray, View, dict[str, Any], tuple[int, ...]]:
+    def problem(self, record: NormRecord) -> tuple[np.ndarray, View, dict[str, Any], tuple[int, ...]]:
         """Draw an input, and what to tell the function about it: (x, view, arguments, shape of a weight)."""
         rnd = self.rnd
         dtype = rnd.choice(self.dtypes)
-        if norm in ("layer", "rms"):
+        one = record.affine == "scalar"
+        if not record.by_channel:
             lengths = lengths_of(rnd, 1)
             ndim = len(lengths)
             options: dict[str, Any] = {}
@@ -316,29 +340,26 @@ class Maker:
             options["normalized_shape"] = shape[0] if len(shape) == 1 and self.chance(0.5) else shape
             if len(axes) == 1 and "axis" in options and self.chance(0.5):
                 options["axis"] = options["axis"][0]
-            return self.input(dtype, lengths), axes_view(lengths, axes, norm == "layer"), options, shape
+            return self.input(dtype, lengths), axes_view(record, lengths, axes), options, () if one else shape
         lengths = lengths_of(rnd, 2)
         axis = rnd.choice((1, 1, -1, rnd.randrange(-len(lengths), len(lengths))))
         c = lengths[axis]
         groups = 1
         options = {} if axis == 1 and self.chance(0.5) else {"channel_axis": axis}
-        if norm == "group":
+        if record.grouped:
             groups = rnd.choice([d for d in range(1, c + 1) if c % d == 0] or [1])
             options["num_groups"] = groups
-        view = channel_view("batch" if norm == "evaluation" else norm, lengths, axis, groups)
-        return self.input(dtype, lengths), view, options, (c,)
+        view = channel_view(record, lengths, axis, groups)
+        return self.input(dtype, lengths), view, options, () if one else (c,)
 
-    def over_axes(self, norm: str, backward: bool) -> Case:
-        x, view, options, shape = self.problem(norm)
-        centred = norm == "layer"
-        mask = self.mask(x.shape) if centred else None
+    def over_axes(self, record: NormRecord, backward: bool) -> Case:
+        x, view, options, shape = self.problem(record)
+        mask = self.mask(x.shape) if record.takes_mask else None
         weight = self.parameter(shape)
-        eps = self.eps()
-        if norm == "rms" and self.chance(0.3):
-            eps = None
+        eps = self.eps(record)
         if backward:
-            return self.backward(norm, x, view, options, weight, mask, eps)
-        bias = self.parameter(shape) if centred else None
+            return self.backward(x, view, options, weight, mask, eps)
+        bias = self.parameter(shape) if record.bias else None
         residual = self.input(x.dtype.newbyteorder("="), x.shape) if self.chance(0.25) else None
         dtype = result_dtype(x.dtype)
         source = native(x)
@@ -362,25 +383,25 @@ class Maker:
             "mask": mask,
         }
         arguments |= {"residual": residual, "out": out, "return_stats": stats}
-        return self.case(nn.layer_norm if centred else nn.rms_norm, f"{norm}_norm", arguments, results)
+        return self.case(*function_of(record), arguments, results)
 
-    def over_channels(self, norm: str, backward: bool) -> Case:
-        x, view, options, shape = self.problem(norm)
-        training = norm != "evaluation"
-        mask = self.mask(x.shape)
+    def over_channels(self, record: NormRecord, training: bool, backward: bool) -> Case:
+        x, view, options, shape = self.problem(record)
+        mask = self.mask(x.shape) if record.takes_mask else None
         weight = self.parameter(shape)
-        eps = self.eps()
+        eps = self.eps(record)
         if backward and training:
-            return self.backward(norm, x, view, options, weight, mask, eps)
-        bias = self.parameter(shape)
+            return self.backward(x, view, options, weight, mask, eps)
+        bias = self.parameter(shape) if record.bias else None
         judge = Judge(native(x), x.dtype, view, native_mask(mask) if training else None)
         moved: list[Result] = []
-        if norm != "group":
-            options[("use_input_stats" if norm == "instance" else "training")] = training
-        if norm == "evaluation" and self.chance(0.3):
+        function = function_of(record)
+        if record.tracks:
+            options["use_input_stats" if record.kind == "instance" else "training"] = training
+        if not training and self.chance(0.3):
             options["use_input_stats"] = options.pop("training")
-        function = "batch_norm" if "training" in options else "group_norm" if norm == "group" else "instance_norm"
-        if not training or (norm != "group" and self.chance(0.5)):
+            function = nn.instance_norm, "instance_norm"
+        if not training or (record.tracks and self.chance(0.5)):
             dtype = self.rnd.choice(sorted(FLOATS, key=str))
             mean = self.place(dtype, shape, self.gen.standard_normal(shape), target=training)
             var = self.place(dtype, shape, self.gen.random(shape) * 3, target=training)
@@ -414,9 +435,9 @@ class Maker:
             "mask": mask,
         }
         arguments |= {"out": out, "return_stats": stats}
-        case = self.case(getattr(nn, function), function, arguments, results)
+        case = self.case(*function, arguments, results)
         case.moved = [(options[result.name], result) for result in moved]
-        if training and norm != "group" and x.size and judge.x.size // judge.mean.size == 1:
+        if training and record.tracks and x.size and judge.x.size // judge.mean.size == 1:
             case.blamed = ("x",)  # one value a channel has no variance
         return case
 
@@ -428,17 +449,14 @@ class Maker:
             else self.place(dtype, x.shape, self.gen.standard_normal(x.shape))
         )
 
-    def backward(
-        self, norm: str, x: np.ndarray, view: View, options: dict[str, Any], weight: Any, mask: Any, eps: Any
-    ) -> Case:
+    def backward(self, x: np.ndarray, view: View, options: dict[str, Any], weight: Any, mask: Any, eps: Any) -> Case:
         judge = Judge(native(x), x.dtype, view, native_mask(mask))
         judge.settle(_eps(eps, result_dtype(x.dtype)))
-        names = ["mean", "rstd"] if view.centred else ["rstd"]
-        for name in names:
+        for name in view.record.statistics:
             exact = np.asarray(view.public(getattr(judge, name)), np.float64)
             options[name] = self.place(np.dtype(np.float64), exact.shape, exact)
         arguments = {"x": x, **options, "weight": weight, "mask": mask}
-        return self.gradients(norm, arguments, judge, weight, False)
+        return self.gradients(arguments, judge, weight, False)
 
     def given_backward(self, x: np.ndarray, view: View, options: dict[str, Any], weight: Any, judge: Judge) -> Case:
         """Draw the gradients of an evaluation with statistics that do not depend on x."""
@@ -448,9 +466,9 @@ class Maker:
         rstd = np.asarray(judge.rstd, np.float64).reshape(mean.shape)
         arguments = {"x": x, **options, "training": False, "mean": mean, "weight": weight}
         arguments["rstd"] = self.place(np.dtype(np.float64), rstd.shape, rstd)
-        return self.gradients("batch", arguments, judge, weight, True)
+        return self.gradients(arguments, judge, weight, True)
 
-    def gradients(self, norm: str, arguments: dict[str, Any], judge: Judge, weight: Any, fixed: bool) -> Case:
+    def gradients(self, arguments: dict[str, Any], judge: Judge, weight: Any, fixed: bool) -> Case:
         x = arguments["x"]
         dy = self.gradient(x)
         mean = native(arguments["mean"]) if "mean" in arguments else np.zeros(1)
@@ -458,8 +476,7 @@ class Maker:
         kind = lane(x.dtype) if weight is None else weight.dtype
         results = judge.backward(native(dy), native(weight), kind, fixed)
         arguments |= {"dy": dy, "x": self.wrapped(x)}
-        name = f"{norm}_norm_backward"
-        return self.case(getattr(nn, name), name, arguments, results)
+        return self.case(*function_of(judge.view.record, backward=True), arguments, results)
 
     # --- objects ------------------------------------------------------------------------------------------------------
 
@@ -488,7 +505,7 @@ class Maker:
         count, mean, m2 = moments(wide, (0, *(a + 1 for a in axes)), counted)
         kept = tuple(n for a, n in enumerate(lengths) if a not in axes)
         count, mean, m2 = (a.reshape(kept) for a in (count, mean, m2))
-        judge = Judge(wide.reshape(2, -1), dtype, axes_view((2, wide.size // 2), (0, 1), True))
+        judge = Judge(wide.reshape(2, -1), dtype, axes_view(record_of("layer"), (2, wide.size // 2), (0, 1)))
         largest = np.where(np.isfinite(judge.x), np.abs(judge.x), 0).max(initial=0)
         sane = np.isfinite(mean) & np.isfinite(m2)
         var = np.where(count > 0, m2 / np.maximum(count, 1), np.nan)
@@ -514,55 +531,49 @@ class Maker:
 
     def object(self) -> Case:
         """Draw a layer: it must give what the functions give, bit by bit."""
-        kind = self.rnd.choice(("layer", "rms", "group", "instance", "batch"))
-        x, view, options, shape = self.problem(kind)
+        named = map(record_of, ("layer", "rms", "l2", "group", "instance", "batch"))
+        record = self.rnd.choice((*named, self.rnd.choice(OTHERS)))
+        x, view, options, shape = self.problem(record)
         del view
         if "axis" in options:
             options.pop("axis")
-            shape = x.shape[-1:]
-            options["normalized_shape"] = shape
-        if 0 in x.shape or min(shape) == 0:
+            options["normalized_shape"] = x.shape[-1:]
+            shape = x.shape[-1:] if record.affine == "elementwise" else ()
+        if 0 in x.shape:
             return self.draw()
-        eps = self.eps()
+        eps = self.eps(record)
         weight, bias = self.parameter(shape, 1.0), self.parameter(shape, 1.0)
         dy = self.gradient(x)
-        mask = self.mask(x.shape) if kind != "rms" else None
+        mask = self.mask(x.shape) if record.takes_mask else None
         layer: Any
-        if kind in ("layer", "rms"):
-            layer = nn.Norm(kind, shape, eps)
-        elif kind == "group":
-            layer = nn.GroupNorm(options["num_groups"], shape[0], eps, channel_axis=options.get("channel_axis", 1))
+        channel_axis = options.get("channel_axis", 1)
+        if not record.by_channel:
+            layer = nn.Norm(record.kind, options["normalized_shape"], eps)
         else:
-            make = nn.BatchNorm if kind == "batch" else nn.InstanceNorm
-            layer = make(shape[0], eps, affine=True, channel_axis=options.get("channel_axis", 1))
+            channels = x.shape[channel_axis]
+            own = (options["num_groups"], channels) if record.grouped else (channels,)
+            layer = nn.Norm(record.kind, *own, eps, channel_axis=channel_axis)
         layer.weight = weight
-        if kind != "rms":
+        if record.bias:
             layer.bias = bias
 
         def function(x: Any, dy: Any, mask: Any = None) -> Any:
             y = layer(x, mask=mask)
             return y, layer.backward(dy), *(layer.grad[name] for name in ("weight", "bias") if name in layer.grad)
 
-        parameters = {"weight": weight} if kind == "rms" else {"weight": weight, "bias": bias}
+        parameters = {"weight": weight, "bias": bias} if record.bias else {"weight": weight}
         if mask is not None:
             options["mask"] = mask
-        forward = getattr(nn, f"{kind}_norm")
-        back = getattr(nn, f"{kind}_norm_backward")
-        more = {"training": True} if kind == "batch" else {}
+        forward, back = function_of(record)[0], function_of(record, backward=True)[0]
+        more = {"training": True} if record.kind == "batch" else {}
         case = self.case(function, f"{type(layer).__name__} object", {"x": x, "dy": dy, "mask": mask}, [])
-        count = (
-            x.size // shape[0]
-            if kind == "batch"
-            else x.size // shape[0] // x.shape[0 if options.get("channel_axis", 1) % x.ndim else 1]
-            if kind == "instance"
-            else 2
-        )
-        if count == 1:
+        samples = x.shape[0 if channel_axis % x.ndim else 1] if record.kind == "instance" else 1
+        if record.tracks and x.size // shape[0] // samples == 1:
             case.blamed = ("x",)
             return case
         y, *stats = forward(x, **options, **more, **parameters, eps=eps, return_stats=True)
-        named = dict(zip(("mean", "rstd") if kind != "rms" else ("rstd",), stats, strict=True))
-        theirs = (y, *back(dy, x, **options, **named, weight=weight))
+        given = dict(zip(record.statistics, stats, strict=True))
+        theirs = (y, *back(dy=dy, x=x, **options, **given, weight=weight))
         case.results = [
             Result(name, a, a.dtype) for name, a in zip(("y", "dx", "dweight", "dbias"), theirs, strict=False)
         ]

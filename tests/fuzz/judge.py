@@ -15,6 +15,8 @@ import ml_dtypes
 import numpy as np
 from reference import LONG, channel_roles, moments, running
 
+from numbanorm import NormRecord
+
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 NARROW = {np.dtype(kind) for kind in (np.bool_, np.int8, np.uint8, np.int16, np.uint16, np.float16, np.float32)}
 NARROW.add(BFLOAT16)
@@ -50,8 +52,8 @@ class View:
         Make what is left after a sum over `others` a weight again.
     public, private : callable
         Turn statistics, 1 in the place of `axes`, into what users get, and back.
-    centred : bool
-        Whether there is a mean.
+    record : NormRecord
+        Whether there is a mean, and by which formula statistics make a factor.
     """
 
     turn: Callable[[np.ndarray], np.ndarray]
@@ -62,22 +64,25 @@ class View:
     gather: Callable[[np.ndarray], np.ndarray]
     public: Callable[[np.ndarray], np.ndarray]
     private: Callable[[np.ndarray], np.ndarray]
-    centred: bool = True
+    record: NormRecord
 
 
 def _same(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def channel_view(norm: str, shape: tuple[int, ...], channel_axis: int, groups: int = 1) -> View:
-    """Return the view of batch, instance or group norm: always (N, groups, C / groups, space)."""
+def channel_view(record: NormRecord, shape: tuple[int, ...], channel_axis: int, groups: int = 1) -> View:
+    """Return the view of a norm by channel: (N, groups, C / groups, space), or (N, C, 1, space)."""
     ndim = len(shape)
     sample, channel, space = channel_roles(ndim, channel_axis)
     n, c = shape[sample], shape[channel]
     lengths = tuple(shape[a] for a in space)
     order = (sample, channel, *space)
-    split = (n, groups, c // groups, *lengths) if norm == "group" else (n, c, 1, *lengths)
+    split = (n, groups, c // groups, *lengths) if record.grouped else (n, c, 1, *lengths)
+    roles = ("sample", "group", "channel") if record.grouped else ("sample", "channel", "")
+    roles += ("space",) * len(lengths)
     far = tuple(range(3, len(split)))
+    one = record.affine == "scalar"
 
     def turn(array: np.ndarray) -> np.ndarray:
         return array.transpose(order).reshape(split)
@@ -86,10 +91,12 @@ def channel_view(norm: str, shape: tuple[int, ...], channel_axis: int, groups: i
         return array.reshape(n, c, *lengths).transpose(np.argsort(order))
 
     def spread(vector: Any) -> np.ndarray | None:
-        return None if vector is None else np.asarray(vector).reshape(1, split[1], split[2], *[1] * len(far))
+        if vector is None:
+            return None
+        return np.asarray(vector).reshape([1] * len(split) if one else (1, split[1], split[2], *[1] * len(far)))
 
-    kept = (c,) if norm == "batch" else split[:2]
-    axes = {"batch": (0, *far), "instance": far, "group": (2, *far)}[norm]
+    axes = tuple(a for a, role in enumerate(roles) if role in record.reduced)
+    kept = tuple(m for a, m in enumerate(split) if roles[a] and a not in axes)
     if not axes:
         axes = (2,)  # instance norm without space: one element a group
     inner = tuple(1 if a in axes else m for a, m in enumerate(split))
@@ -98,31 +105,37 @@ def channel_view(norm: str, shape: tuple[int, ...], channel_axis: int, groups: i
         back,
         axes,
         spread,
-        (0, *far),
-        lambda total: total.reshape(c),
+        tuple(range(len(split))) if one else (0, *far),
+        lambda total: total.reshape(() if one else c),
         lambda stats: stats.reshape(kept),
         lambda stats: np.asarray(stats).reshape(inner),
+        record,
     )
 
 
-def axes_view(shape: tuple[int, ...], axes: tuple[int, ...], centred: bool) -> View:
-    """Return the view of layer and RMS norm."""
+def axes_view(record: NormRecord, shape: tuple[int, ...], axes: tuple[int, ...]) -> View:
+    """Return the view of a norm over axes."""
     ndim = len(shape)
     axes = tuple(a % ndim for a in axes)
     in_order = sorted(axes)
+    one = record.affine == "scalar"
 
     def spread(parameter: Any) -> np.ndarray | None:
         if parameter is None:
             return None
+        if one:
+            return np.asarray(parameter).reshape([1] * ndim)
         turned = np.asarray(parameter).transpose([axes.index(a) for a in in_order])
         return turned.reshape([shape[a] if a in axes else 1 for a in range(ndim)])
 
     def gather(total: np.ndarray) -> np.ndarray:
+        if one:
+            return total.reshape(())
         plain = total.reshape([shape[a] for a in in_order])
         return plain.transpose([in_order.index(a) for a in axes])
 
-    others = tuple(a for a in range(ndim) if a not in axes)
-    return View(_same, _same, axes, spread, others, gather, _same, np.asarray, centred)
+    others = tuple(a for a in range(ndim) if one or a not in axes)
+    return View(_same, _same, axes, spread, others, gather, _same, np.asarray, record)
 
 
 @dataclass(frozen=True)
@@ -188,6 +201,9 @@ MEAN_BITS = {np.dtype(np.float32): 2.0**-45, np.dtype(np.float64): 2.0**-50}
 """How far a mean is off, as a share of the largest element: kept in two float32 (48 bits), or in one float64."""
 
 
+EDGE = LONG(1e-4)
+"""How near the length of a vector must be to eps for either side of `max(length, eps)` to be right in a gradient."""
+
 LEAST = {kind: LONG(np.finfo(kind).smallest_subnormal) for kind in BASE}
 """How far a small result may be off at least: subnormal numbers have few bits."""
 
@@ -217,17 +233,20 @@ class Judge:
         self.size = x.size
         self.mask = None if mask is None else view.turn(np.broadcast_to(mask, x.shape))
         self.counts = np.ones(self.x.shape, bool) if self.mask is None else self.mask
-        self.count, self.mean, self.m2 = moments(self.x, view.axes, self.mask, view.centred)
+        self.count, self.mean, self.m2 = moments(self.x, view.axes, self.mask, view.record.centred)
         self.base, self.bits = LONG(BASE[self.lane]), LONG(MEAN_BITS[self.lane])
 
     def settle(self, eps: float) -> None:
         """Take the statistics of the input."""
         self.var = self.m2 / np.maximum(self.count, 1)
-        self.rstd = 1 / np.sqrt(self.var + LONG(eps))
+        if self.view.record.scale == "l2":
+            self.rstd = 1 / np.maximum(np.sqrt(self.m2), LONG(eps))
+        else:
+            self.rstd = 1 / np.sqrt(self.var + LONG(eps))
 
     def give(self, mean: np.ndarray, rstd: np.ndarray) -> None:
         """Take statistics that the caller gives, in the shape that users have them in."""
-        self.mean = self.view.private(mean).astype(LONG) if self.view.centred else np.zeros(1, LONG)
+        self.mean = self.view.private(mean).astype(LONG) if self.view.record.centred else np.zeros(1, LONG)
         self.rstd = self.view.private(rstd).astype(LONG)
 
     def _largest(self, values: np.ndarray) -> np.ndarray:
@@ -263,7 +282,7 @@ class Judge:
         deviation = np.sqrt(self.m2 / np.maximum(self.count, 1))
         off = self.base * deviation + self.bits * self._largest(self.x)
         relative = self.base + self.bits * self._largest(self.x) * np.where(np.isfinite(self.rstd), self.rstd, 0)
-        shown = [("mean", self.mean, off)] if self.view.centred else []
+        shown = [("mean", self.mean, off)] if self.view.record.centred else []
         shown.append(("rstd", self.rstd, 4 * relative * self.rstd))
         public = self.view.public
         return [
@@ -300,13 +319,19 @@ class Judge:
         w = view.spread(weight)
         g = d if w is None else d * w.astype(LONG)
         h = (self.x - self.mean) * self.rstd
-        some = np.maximum(self.count, 1)
-        mean_g = g.sum(axes, keepdims=True) / some if view.centred else LONG(0)
-        mean_gh = (g * h).sum(axes, keepdims=True) / some
+        centred = view.record.centred
+        some, depends, certain = np.maximum(self.count, 1), np.bool_(True), np.bool_(True)
+        if view.record.scale == "l2":
+            length = np.sqrt(self.m2) * self.rstd  # 1, or less where eps is larger than the norm: a constant factor
+            depends = ~(length < 1 - self.base)
+            certain = depends | (length < 1 - EDGE)
+            some = np.ones_like(some)
+        mean_g = g.sum(axes, keepdims=True) / some if centred else LONG(0)
+        mean_gh = np.where(depends, (g * h).sum(axes, keepdims=True) / some, 0)
         counts = np.zeros(self.x.shape, bool) if fixed else self.counts
         dx = self.rstd * (g - counts * (mean_g + h * mean_gh))
-        sum_g = np.abs(g).sum(axes, keepdims=True) / some
-        sum_gh = np.abs(g * h).sum(axes, keepdims=True) / some
+        sum_g = np.abs(g).sum(axes, keepdims=True) / some if centred else LONG(0)
+        sum_gh = np.where(depends, np.abs(g * h).sum(axes, keepdims=True) / some, 0)
         slack = 4 * self.slack()
         allowed = self.rstd * self.base * (np.abs(g) + sum_g + (1 + np.abs(h)) * (sum_gh + sum_g))
         allowed = allowed + self.rstd * slack * (sum_gh + (1 + np.abs(h)) * sum_g)
@@ -314,7 +339,7 @@ class Judge:
         twice = (1 + np.abs(h)) * (1 + np.abs(h).sum(axes, keepdims=True, where=self.counts) / some)
         allowed = allowed + 4 * LEAST[self.lane] * (1 + self.rstd) * twice * (1 if w is None else 1 + np.abs(w))
         limit = RANGE[self.lane]
-        judged = np.abs(dx) < limit
+        judged = (np.abs(dx) < limit) & certain
         for part in (
             (g, d, h, g * h) if fixed else (self.x, g, d, h, d * h, g * h, h * mean_gh, self.rstd, 1 / self.rstd)
         ):
@@ -325,7 +350,7 @@ class Judge:
         allowed = view.back(np.where(judged, allowed, 0))
         results = [Result("dx", view.back(dx), self.dtype, allowed, view.back(judged))]
         sums = [("dweight", d * h, np.abs(d) * slack), ("dbias", d, np.zeros_like(d))]
-        for name, terms, more in sums if view.centred else sums[:1]:
+        for name, terms, more in sums if view.record.bias else sums[:1]:
             fine = view.gather((judged & (np.abs(terms) < limit)).all(view.others))
             off = view.gather((self.base * np.abs(terms) + more + 4 * LEAST[self.lane]).sum(view.others))
             total = view.gather(terms.sum(view.others))

@@ -51,7 +51,7 @@ def options() -> argparse.Namespace:
 def work(given: argparse.Namespace) -> int:
     """Make the calls; return how many went wrong."""
     from check import WrongError, check, draw, make_arena
-    from draws import ALL_DTYPES, FEW_DTYPES
+    from draws import ALL_DTYPES, FEW_DTYPES, OTHERS
 
     if numba.config.DISABLE_JIT:
         import interpreter
@@ -60,6 +60,8 @@ def work(given: argparse.Namespace) -> int:
         if given.shrunk:
             interpreter.shrink()
             nn.set_num_threads(min(2, numba.config.NUMBA_NUM_THREADS))
+    for record in OTHERS:
+        nn.register_norm(record)
     faulthandler.enable()
     warnings.simplefilter("error")
     arena = make_arena()

@@ -123,7 +123,8 @@ def spoil(r: Random, case: Case) -> bool:
         else:
             new = np.ones((*value.shape, 2), native(value).dtype)
     elif name in ("weight", "bias", "running_mean", "running_var", "mean", "rstd"):
-        wrong: list[Any] = [np.ones((*value.shape, 2), np.float32), np.ones((*value.shape[:-1], value.shape[-1] + 1))]
+        wrong: list[Any] = [np.ones((*value.shape, 2), np.float32)]
+        wrong += [np.ones((*value.shape[:-1], value.shape[-1] + 1) if value.ndim else (1,))]
         wrong += [np.ones(value.shape, r.choice((np.int64, bool, complex, object, "U1", "M8[s]", np.longdouble)))]
         wrong += [np.ma.masked_array(np.ones(value.shape)), Device(), "words", {}]
         writes = name.startswith("running") and (a.get("training") or a.get("use_input_stats"))

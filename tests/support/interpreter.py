@@ -290,8 +290,8 @@ def _bound(kernel: jit.Kernel, *signature: Any, parallel: bool = False) -> Calla
     def run(*arguments: Any) -> Any:
         for kind, value in zip(signature, arguments, strict=True):
             if not _fits(kind, value):
-                shown = value.dtype if isinstance(value, np.ndarray) else repr(value)
-                raise TypeError(f"{function.__name__} was bound for {signature}, and got {shown} for {kind}")
+                shown = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else repr(value)
+                raise TypeError(f"{function.__module__}.{function.__name__} was bound for {kind}, and got {shown}")
         with np.errstate(all="ignore"):  # compiled code tells nothing of overflow
             return function(*arguments)
 
