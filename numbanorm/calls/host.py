@@ -34,7 +34,7 @@ _PREPARED: dict[Any, Any] = {}
 """What serves calls, by what they look like."""
 
 _LAST: dict[str, tuple[Any, ...]] = {}
-"""What served each norm's last plain call: its shape, strides, dtype, what its parameters look like, and its options."""
+"""What served each norm's last plain call: what its arrays look like, its options, and what served it."""
 
 _NO_EXTRAS = (None, None, None)
 

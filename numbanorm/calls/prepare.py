@@ -78,9 +78,7 @@ def forward(
             total = _fresh(work, result)
     layout = work.layout
     check.check_parameters(record, layout, weight, bias)
-    kind = form.lane
-    if half_weights and not work.columns and all(spec.dtype == result for spec in (weight, bias) if spec is not None):
-        kind = result
+    kind = result if half_weights and not work.columns and _are(result, weight, bias) else form.lane
     direct = out is not None and work.y is not None
     deliver: ArraySpec | None = None
     if out is not None:
@@ -185,6 +183,11 @@ def _order_of_sum(x: ArraySpec, residual: ArraySpec) -> tuple[int, ...]:
     ]
     total = np.logical_or(*laid)
     return memory_order(total.shape, total.strides, total.itemsize)
+
+
+def _are(dtype: np.dtype[Any], *specs: ArraySpec | None) -> bool:
+    """Tell whether all arrays that there are have a dtype."""
+    return all(spec.dtype == dtype for spec in specs if spec is not None)
 
 
 def of_running_statistics(norm: str) -> str:

@@ -22,6 +22,9 @@ CLAMPED = 1e-5
 Squares of 255 equal rows are added in float32: 1.7e-6 was seen between the factor and the exact one.
 """
 
+COST = 2
+"""How much longer a backward takes than a forward, at least: it pays to share one half as large."""
+
 _NO_MEAN = np.zeros(1)
 
 Counts = Callable[[Any, Any, Any], np.ndarray]
@@ -176,7 +179,7 @@ def prepare_backward(call: Backward, fixed: bool = False) -> Launch:
     # Compiled when they are needed: seconds.
     whole = None if long else _Whole(work, counts is not None)
     split: list[Callable[..., Any]] = [_RowsSplit(work, True)] if long else []
-    if whole is not None and counts is None and not may_share(plan.size):
+    if whole is not None and counts is None and not may_share(COST * plan.size):
         return whole.alone(count)
     few = _few_units(plan, work.geometry)
 
@@ -185,7 +188,7 @@ def prepare_backward(call: Backward, fixed: bool = False) -> Launch:
         of = count if counts is None else counts(x, mask, rstd)
         w = work.one if weight is None else weight
         arrays = (dy, x, dx, mask, w, of, _NO_MEAN if mean is None else mean, rstd, gradients)
-        threads = threads_for(plan.size)
+        threads = threads_for(COST * plan.size)
         if whole is not None and not few < threads:
             return whole(threads, *arrays)
         if not split:
@@ -220,7 +223,7 @@ def _marked(call: Backward) -> Counts:
 
     def counts(x: Any, mask: Any, rstd: Any) -> np.ndarray:
         result = np.empty(plan.layout.groups)
-        kernel.on(threads_for(plan.size), mask, result)
+        kernel.on(threads_for(COST * plan.size), mask, result)
         return result
 
     return counts
@@ -234,7 +237,7 @@ def _unclamped(call: Backward) -> Counts:
 
     def counts(x: Any, mask: Any, rstd: Any) -> np.ndarray:
         stats = np.empty((4, plan.layout.groups))
-        moments(threads_for(plan.size), x, None, work.one, stats, 0.0)
+        moments(threads_for(COST * plan.size), x, None, work.one, stats, 0.0)
         with np.errstate(all="ignore"):
             clamped = np.sqrt(stats[M2]) * rstd.ravel("K") < 1.0 - CLAMPED
         return np.where(clamped, 0.0, 1.0)
@@ -255,7 +258,7 @@ def prepare_partial_sums(call: Backward) -> Launch:
 
         def rows_launch(dy: Any, x: Any, weight: Any, mean: Any, rstd: Any, sums: np.ndarray) -> Any:
             w, m = work.one if weight is None else weight, _NO_MEAN if mean is None else mean
-            return split.sums(threads_for(plan.size), dy, x, w, m, rstd, sums)
+            return split.sums(threads_for(COST * plan.size), dy, x, w, m, rstd, sums)
 
         return rows_launch
     columns = _ColumnsSplit(work)
@@ -263,7 +266,7 @@ def prepare_partial_sums(call: Backward) -> Launch:
 
     def launch(dy: Any, x: Any, weight: Any, mean: Any, rstd: Any, sums: np.ndarray) -> Any:
         w, m = work.one if weight is None else weight, _NO_MEAN if mean is None else mean
-        problem, table = columns.sums(threads_for(plan.size), dy, x, w, m, rstd)
+        problem, table = columns.sums(threads_for(COST * plan.size), dy, x, w, m, rstd)
         sums[...] = 0.0
         with np.errstate(all="ignore"):
             for total, row in zip(sums, table.sum(axis=1).transpose(1, 0, 2).reshape(2, -1), strict=True):
@@ -288,7 +291,7 @@ def prepare_partial_gradient(call: Backward) -> Launch:
         dy: Any, x: Any, dx: Any, mask: Any, weight: Any, mean: Any, rstd: Any, means: Any, gradients: Any
     ) -> Any:
         w, m = work.one if weight is None else weight, _NO_MEAN if mean is None else mean
-        return emit(means, gradients, threads_for(plan.size), dy, x, dx, mask, w, one, m, rstd)
+        return emit(means, gradients, threads_for(COST * plan.size), dy, x, dx, mask, w, one, m, rstd)
 
     return launch
 

@@ -18,8 +18,8 @@ from ..backend import Launch
 from ..core import threads
 from . import claims
 
-SHARE_FROM = 1 << 20
-"""Elements from which a call is worth waking a helper for, which takes some 50 us: about 150 us on one thread."""
+SHARE_FROM = 1 << 21
+"""Elements from which a call is worth waking a helper for, which takes 50 to 150 us: about 300 us on one thread."""
 
 NUMBA_FROM = 1 << 17
 """Elements from which a launch on Numba's threads pays: about 60 us on one thread; a launch takes 2 to 10."""

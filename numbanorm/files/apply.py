@@ -32,7 +32,8 @@ from ..stats.partials import normalize
 from .atomic import check_target, replacing
 from .blocks import RUN, Axes, Region, length, regions, whole
 from .maps import Maps
-from .stores import NpySink, Sink, Source, is_zarr, open_source
+from .opening import open_source
+from .stores import NpySink, Sink, Source, is_zarr
 
 __all__ = ["apply", "stats"]
 

@@ -63,28 +63,6 @@ class Sink(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
 
-def open_source(path: str | os.PathLike[str]) -> Source:
-    """Return what reads the array at `path`: a Zarr folder, or else a .npy file.
-
-    Raises
-    ------
-    TypeError
-        If its dtype is none that the norms take.
-    ValueError
-        If it holds no array, or not all of one.
-    FileNotFoundError
-        If there is nothing.
-    """
-    place = Path(path)
-    if not place.exists():
-        raise FileNotFoundError(f"source: there is no file {str(place)!r}")
-    if place.is_dir():
-        from .zarr import ZarrSource
-
-        return ZarrSource(place)
-    return NpySource(place)
-
-
 def is_zarr(target: Path, source: Source) -> bool:
     """Tell whether a target is to be a Zarr folder: by its suffix, or else by its source.
 

@@ -346,48 +346,54 @@ class TestChoice:
         assert run(code, NUMBANORM_THREADS="", NUMBA_THREADING_LAYER="default") == "False"
 
 
+UNITS = 100
+
+
 @Kernel
 def _take(job):
-    """Claim a unit of 100, and do not do it."""
-    return claims.claim(pointer(job), np.int64(-1), np.int64(100))
+    """Claim a unit."""
+    return claims.claim(pointer(job), np.int64(-1), np.int64(UNITS))
 
 
 @Kernel
-def _finish(job, y):
-    """Do all units that are left of 100."""
+def _finish(job, unit, y):
+    """Do a unit, if it is one, and all that are left."""
     p_job, p_y = pointer(job), pointer(y)
-    unit = claims.claim(p_job, np.int64(-1), np.int64(100))
-    while unit < 100:
+    if unit < 0:
+        unit = claims.claim(p_job, unit, np.int64(UNITS))
+    while unit < UNITS:
         store(p_y, unit, np.float64(1.0))
-        unit = claims.claim(p_job, unit, np.int64(100))
+        unit = claims.claim(p_job, unit, np.int64(UNITS))
 
 
-TAKE = _take.bound, (claims.JOB,)
-FINISH = _finish.bound, (claims.JOB, FLOAT64_ADDRESS)
-GEOMETRY = np.zeros(1)
-
-
-def held(y: np.ndarray, caller: Callable[[], Any], helper: Callable[[], Any]) -> Any:
-    """Run a job of 100 units of which a helper claims one first; both then do as told, and the caller all others."""
-    take, finish = TAKE[0](*TAKE[1]), FINISH[0](*FINISH[1])
+def share(y: np.ndarray, caller: Callable[[], Any], helper: Callable[[], Any]) -> Any:
+    """Run a job whose units write 1 to `y`; a helper claims the first, then each does as told, then all others."""
+    take = _take.bound(claims.JOB)
+    finish = _finish.bound(claims.JOB, claims.INT64, FLOAT64_ADDRESS)
     claimed = threading.Event()
 
     def entry(job: np.ndarray, workers: int, geometry: np.ndarray, y: Any) -> int:
+        unit = -1
         if threading.current_thread().name == "numbanorm":
-            take(job)
+            unit = take(job)
             claimed.set()
             helper()
-            return 0
-        assert claimed.wait(10)
-        caller()
-        finish(job, y)
+        else:
+            assert claimed.wait(10)
+            caller()
+        finish(job, unit, y)
         return 0
 
-    return engine.run_shared(entry, lambda: entry, 2, (GEOMETRY, y))
+    return engine.run_shared(entry, lambda: entry, 2, (np.zeros(1), y))
 
 
 def nothing() -> None:
     """Do nothing."""
+
+
+def fail(error: BaseException) -> None:
+    """Raise an error."""
+    raise error
 
 
 def until(condition: Callable[[], bool]) -> bool:
@@ -397,6 +403,11 @@ def until(condition: Callable[[], bool]) -> bool:
             return True
         time.sleep(0.01)
     return False
+
+
+def address(array: np.ndarray) -> int:
+    """Return where an array begins."""
+    return array.__array_interface__["data"][0]
 
 
 class Gate:
@@ -445,13 +456,20 @@ class TestHelpers:
         nn.set_num_threads(1)
         expected = nn.layer_norm(x, 1024)
         kernel_threads._requested = 2
-        for _ in range(3):
+        took = []
+
+        def call() -> bool:
             time.sleep(0.02)
             start = time.perf_counter()
             y = nn.layer_norm(x, 1024)
-            assert time.perf_counter() - start < 5  # the gate would hold it for 20 s
+            took.append(time.perf_counter() - start)
             np.testing.assert_array_equal(y, expected)
-        assert gate.reached.wait(10)
+            return gate.reached.is_set()
+
+        assert until(call)
+        call()
+        assert max(took) < 5  # the gate would hold it for 20 s
+        y = nn.layer_norm(x, 1024)
         gate.opened.set()
         assert gate.left.wait(10)
         np.testing.assert_array_equal(y, expected)
@@ -460,26 +478,26 @@ class TestHelpers:
     def test_a_late_helper_keeps_no_output_from_its_reuse(self, gate: Gate, shape: tuple[int, int]) -> None:
         """It has its addresses when the call ends, and finds another output there when it comes."""
         x = normal(0, shape)
-        y = nn.layer_norm(x, shape[1])
-        assert gate.reached.wait(10)
-        place = y.__array_interface__["data"][0]
-        gone = weakref.ref(y)
-        del y
-        assert gone() is None
+        places = set()
+
+        def call() -> bool:
+            y = nn.layer_norm(x, shape[1])
+            places.add(address(y))
+            return gate.reached.is_set()
+
+        assert until(call)  # a helper may come too late to begin
         z = pool.POOL.empty(shape, np.dtype(np.float32), x)
-        assert z.__array_interface__["data"][0] == place
+        assert places == {address(z)}
         z[...] = 7
         gate.opened.set()
         assert gate.left.wait(10)
         assert (z == 7).all()
 
     def test_no_array_is_kept_by_helpers_that_never_came(
-        self, workers: Workers, monkeypatch: pytest.MonkeyPatch
+        self, helpers: kernel_threads._Helpers, workers: Workers, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Nor do calls pile up for them."""
-        helpers = kernel_threads._Helpers()
         monkeypatch.setattr(helpers, "_start", lambda number: setattr(helpers, "_number", number))
-        monkeypatch.setattr(kernel_threads, "_helpers", helpers)
         monkeypatch.setattr(kernel_threads, "_requested", 3)
         arrays = [normal(i, (512, 512)) for i in range(3)]
         gone = []
@@ -491,11 +509,262 @@ class TestHelpers:
         assert helpers.tasks == []
         assert helpers._calls.qsize() == 2
 
-    def test_it_takes_part(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        y = np.zeros(100)
-        assert held(y, nothing, nothing) != 0 if False else True
-        with pytest.raises(TimeoutError):
-            held(y, partial(_raise, TimeoutError), nothing)
+    @pytest.fixture
+    def helpers(self, monkeypatch: pytest.MonkeyPatch) -> kernel_threads._Helpers:
+        """Return helpers of this test's own."""
+        helpers = kernel_threads._Helpers()
+        monkeypatch.setattr(kernel_threads, "_helpers", helpers)
+        monkeypatch.setattr(kernel_threads, "_chosen", "claims")
+        return helpers
+
+    def test_the_caller_waits_for_units_that_a_helper_has_claimed(self, helpers: kernel_threads._Helpers) -> None:
+        y = np.zeros(UNITS)
+        assert share(y, nothing, partial(time.sleep, 0.2)) == 0  # longer than one wait
+        assert (y == 1).all()
+        assert helpers.tasks == []
+
+    def test_what_a_helper_raises_the_caller_raises(self, helpers: kernel_threads._Helpers) -> None:
+        y = np.zeros(UNITS)
+        with pytest.raises(MemoryError, match="of the helper"):
+            share(y, nothing, partial(fail, MemoryError("of the helper")))
+        assert y.sum() == UNITS - 1  # all but the one that was claimed and never done
+        assert helpers.tasks == []
+        share(y, nothing, nothing)
+        assert (y == 1).all()
+        assert helpers._number == 1  # it lives on
+
+    def test_what_a_helper_raises_after_all_is_done_nobody_hears(
+        self, helpers: kernel_threads._Helpers, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen = threading.Event()
+
+        def failing(*arguments: Any) -> Any:
+            seen.set()
+            raise MemoryError
+
+        monkeypatch.setattr(engine, "_apart", failing)
+        y = np.zeros(UNITS)
+        finish = _finish.bound(claims.JOB, claims.INT64, FLOAT64_ADDRESS)
+
+        def entry(job: np.ndarray, workers: int, geometry: np.ndarray, y: Any) -> int:
+            assert seen.wait(10)
+            finish(job, -1, y)
+            return 0
+
+        assert engine.run_shared(entry, lambda: entry, 2, (np.zeros(1), y)) == 0
+        assert (y == 1).all()
+
+    @pytest.mark.parametrize("kind", [KeyboardInterrupt, MemoryError])
+    def test_a_caller_that_fails_leaves_nobody_at_work(
+        self, helpers: kernel_threads._Helpers, kind: type[BaseException]
+    ) -> None:
+        """Helpers finish the units that they have claimed, and claim no more, before the error comes out."""
+        y = np.zeros(UNITS)
+        with pytest.raises(kind):
+            share(y, partial(fail, kind()), partial(time.sleep, 0.2))
+        assert y.sum() == 1
+        assert helpers.tasks == []
+        time.sleep(0.1)
+        assert y.sum() == 1
+
+    def test_a_helper_that_dies_is_replaced(
+        self, helpers: kernel_threads._Helpers, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(helpers, "_help", partial(fail, SystemExit()))  # which threads end of without a word
+            with kernel_threads.helping(lambda: nothing, 1):
+                assert until(lambda: helpers._number == 0)
+        y = np.zeros(UNITS)
+        share(y, nothing, nothing)
+        assert (y == 1).all()
+        assert helpers._number == 1
+
+    def test_no_more_than_so_many_take_part(self, helpers: kernel_threads._Helpers) -> None:
+        """However many there are, and awake for others."""
+        taken: list[int] = []
+        opened = threading.Event()
+        for most in (3, 1, 2):
+            taken.clear()
+            opened.clear()
+
+            def launch() -> None:
+                taken.append(1)
+                opened.wait(10)
+
+            with kernel_threads.helping(lambda: launch, most):  # noqa: B023
+                assert until(lambda: len(taken) == most)  # noqa: B023
+                helpers.call(3)
+                time.sleep(0.05)
+                assert len(taken) == most
+                opened.set()
+        assert helpers._number == 3
+
+    def test_one_helper_goes_from_call_to_call(self, helpers: kernel_threads._Helpers) -> None:
+        """It takes part in all that are open when it is awake, and in none that is closed."""
+        order: list[str] = []
+        opened, done = threading.Event(), threading.Event()
+
+        def first() -> None:
+            order.append("first")
+            opened.wait(10)
+
+        with kernel_threads.helping(lambda: first, 1):
+            assert until(lambda: order == ["first"])
+            with kernel_threads.helping(lambda: lambda: order.append("closed"), 1):
+                pass
+            with kernel_threads.helping(lambda: done.set, 1):
+                opened.set()
+                assert done.wait(10)
+        assert order == ["first"]
+
+    def test_where_no_thread_can_be_started_the_caller_does_all(
+        self, helpers: kernel_threads._Helpers, monkeypatch: pytest.MonkeyPatch, workers: Workers
+    ) -> None:
+        x = normal(0, (512, 512))
+        expected = nn.layer_norm(x, 512)
+        monkeypatch.setattr(threading.Thread, "start", lambda self: fail(RuntimeError("can't start new thread")))
+        monkeypatch.setattr(kernel_threads, "_requested", 4)
+        np.testing.assert_array_equal(nn.layer_norm(x, 512), expected)
+        assert workers.launches == 1
+        assert helpers._number == 0
+        assert not helpers._starting.locked()
+
+    FORKED_WITHIN = """
+import os, signal, threading, time
+import numpy as np
+from numbanorm.core import threads
+started, over = threading.Event(), threading.Event()
+def launch():
+    started.set()
+    over.wait()
+children = []
+def fork(*_):
+    children.append(os.fork())
+signal.signal(signal.SIGALRM, fork)
+try:
+    with threads.helping(lambda: launch, 1) as task:
+        started.wait()
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        while not children:
+            task.wait()  # a handler forks in here, and the child comes back without the helper
+        over.set()
+        while children[0] == 0:
+            task.wait()
+except RuntimeError as error:
+    os._exit(7 if children == [0] and "forked" in str(error) else 8)
+print(os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]))
+"""
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+    def test_a_child_that_is_forked_within_a_call_does_not_wait_for_helpers_of_its_parent(self) -> None:
+        assert run(self.FORKED_WITHIN) == "7"
+
+
+UNMAPPED = 1 << 44
+"""An address that no array has; others lie as far apart."""
+
+
+def test_who_finds_no_unit_left_reads_no_array(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrays may be gone by then: a helper that reads one would end the process here."""
+    monkeypatch.setattr(kernel_threads, "_chosen", "claims")
+    monkeypatch.setattr(kernel_threads, "_requested", 2)
+    run_shared = bound.run_shared
+    answers = []
+
+    def again(entry: Any, parallel: Any, count: int, arguments: tuple[Any, ...]) -> Any:
+        job = claims.shared_job()
+        job[claims.NEXT] = claims.NONE_LEFT
+        geometry, *others = arguments
+        places = [np.intp(UNMAPPED * (1 + i)) if isinstance(a, np.ndarray) else a for i, a in enumerate(others)]
+        answers.append(entry(job, 1, geometry, *places))
+        return run_shared(entry, parallel, count, arguments)
+
+    monkeypatch.setattr(bound, "run_shared", again)
+    for shape, norm, options in CASES.values():
+        x = data(shape)
+        norm(x, *options)
+        if norm in (layer, rms):
+            norm(x, *options, residual=x)
+        if norm is not rms:
+            norm(x, *options, mask=x > 100)
+    for shape, axis in (((16, 32, 20, 20), 1), ((16, 20, 20, 32), -1), ((64, 64, 7, 7), 1)):
+        x, c = data(shape), shape[axis]
+        nn.batch_norm(x, np.zeros(c), np.ones(c), *affine(c), channel_axis=axis)
+    for shape, axis in (((16, 32, 20, 20), 1), ((1, 32, 120, 120), 1), ((16, 20, 20, 32), -1), ((1, 90, 90, 32), -1)):
+        x, c = data(shape), shape[axis]
+        for mask in (None, x > 100):
+            y, mean, rstd = nn.batch_norm(x, training=True, channel_axis=axis, mask=mask, return_stats=True)
+            nn.batch_norm_backward(y, x, mean, rstd, normal(1, (c,)), channel_axis=axis, mask=mask)
+            y, mean, rstd = nn.group_norm(x, 4, channel_axis=axis, mask=mask, return_stats=True)
+            nn.group_norm_backward(y, x, 4, mean, rstd, normal(1, (c,)), channel_axis=axis, mask=mask)
+    for shape in ((512, 768), (6, 40_000), (1, 300_001)):
+        x = data(shape)
+        y, mean, rstd = nn.layer_norm(x, shape[1], return_stats=True)
+        nn.layer_norm_backward(y, x, shape[1], mean, rstd)
+        y, rstd = nn.l2_norm(x, shape[1], return_stats=True)
+        nn.l2_norm_backward(y, x, shape[1], rstd)
+    assert len(answers) > 50
+    assert set(answers) <= {0, None}  # not because addresses clash
+
+
+@needs_two
+@pytest.mark.slow
+class TestCallers:
+    """Python threads and forked processes that call the kernels."""
+
+    PYTHON_THREADS = """
+import numpy as np, numbanorm as nn
+from concurrent.futures import ThreadPoolExecutor
+from numbanorm.cpu import engine
+engine.SHARE_FROM = engine.NUMBA_FROM
+nn.set_num_threads(2)
+x = np.random.default_rng(0).standard_normal((512, 768), dtype=np.float32)
+xs = [x + np.float32(i) for i in range(4)]
+expected = [(nn.layer_norm(a, 768), nn.batch_norm(a, training=True)) for a in xs]
+def work(i):
+    same = True
+    for _ in range(100):
+        a, b = nn.layer_norm(xs[i], 768), nn.batch_norm(xs[i], training=True)
+        same = same and np.array_equal(a, expected[i][0]) and np.array_equal(b, expected[i][1])
+    return same
+with ThreadPoolExecutor(4) as pool:
+    assert all(pool.map(work, range(4)))
+print("ok")
+"""
+
+    @pytest.mark.parametrize("name", ["claims", "default", "workqueue", "omp"])
+    def test_python_threads(self, name: str) -> None:
+        if name == "omp" and not has_omp():
+            pytest.skip("this Numba has no OpenMP")
+        assert run(self.PYTHON_THREADS, **choosing(name)) == "ok"
+
+    FORK = """
+import os, numpy as np, numbanorm as nn
+from numbanorm.core import threads
+from numbanorm.cpu import engine
+engine.SHARE_FROM = engine.NUMBA_FROM
+nn.set_num_threads(2)
+x = np.random.default_rng(0).standard_normal((512, 768), dtype=np.float32)
+def call():
+    return nn.layer_norm(x, 768).tobytes(), nn.batch_norm(x, training=True).tobytes()
+expected = call()
+child = os.fork()
+if child == 0:
+    assert threads._helpers._number == 0
+    same = call() == expected
+    helped = threads._helpers._number == 0 if threads.uses_numba() else threads._helpers._number == 1
+    os._exit((0 if same else 3) + (0 if helped else 4) + (0 if threads.usable_threads() == 2 - threads.uses_numba() else 8))
+_, status = os.waitpid(child, 0)
+assert call() == expected
+print(status)
+"""
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+    @pytest.mark.parametrize("name", ["claims", "default", "workqueue"])
+    def test_forked_child(self, name: str) -> None:
+        """By helpers of its own; on one thread where Numba's were started before."""
+        assert run(self.FORK, **choosing(name)) == "0"
+
 
 def test_python_threads_on_small_arrays() -> None:
     """Serial kernels hold no lock, and share no memory between calls on arrays of one shape."""
