@@ -287,26 +287,22 @@ def _close_groups(moments, mask, g, k0, first, width, stats, eps):
         store(stats, COUNT * groups + group, 0.0)
         store(stats, MEAN * groups + group, 0.0)
         store(stats, M2 * groups + group, 0.0)
-    group = k0 * g.K1 + first // g.R1 % g.K1
-    left = g.R1
-    for i in range(once):  # tiles start with a group; counted on: a division a lane takes as long as 100 elements
-        n, mean, m2 = merge(
-            load(stats, COUNT * groups + group),
-            load(stats, MEAN * groups + group),
-            load(stats, M2 * groups + group),
-            load(moments, _TOTAL + _N + i),
-            load(moments, _TOTAL + _MEAN + i),
-            load(moments, _TOTAL + _M2 + i),
-        )
-        store(stats, COUNT * groups + group, n)
-        store(stats, MEAN * groups + group, mean)
-        store(stats, M2 * groups + group, m2)
-        left -= 1
-        if left == 0:
-            left = g.R1
-            group += 1
-            if group == (k0 + 1) * g.K1:
-                group = k0 * g.K1
+    start = k0 * g.K1 + first // g.R1 % g.K1  # tiles start with a group, and hold whole ones
+    for r in range(g.R1):
+        for j in range(once // g.R1):  # group after group: one's divisions do not wait for another's
+            group = start + j
+            i = j * g.R1 + r
+            n, mean, m2 = merge(
+                load(stats, COUNT * groups + group),
+                load(stats, MEAN * groups + group),
+                load(stats, M2 * groups + group),
+                load(moments, _TOTAL + _N + i),
+                load(moments, _TOTAL + _MEAN + i),
+                load(moments, _TOTAL + _M2 + i),
+            )
+            store(stats, COUNT * groups + group, n)
+            store(stats, MEAN * groups + group, mean)
+            store(stats, M2 * groups + group, m2)
     for group in range(a, b):
         rstd = rstd_of(load(stats, COUNT * groups + group), load(stats, M2 * groups + group), eps, g.scale)
         store(stats, RSTD * groups + group, rstd)

@@ -19,7 +19,7 @@ from ..core.norms import SCALES
 from ..core.plan import Placement, Plan
 from ..core.spec import ArraySpec, bounds
 from .columns import BLOCK_ROWS, TILE
-from .rows import AHEAD, AHEAD_NEAR, ROWS_APART
+from .rows import AHEAD, AHEAD_NEAR, NARROW, ROWS_APART, SHORT
 from .sums import TOGETHER, UNIT_GROUPS
 from .welford import BLOCK
 
@@ -204,7 +204,10 @@ def _rows(g: np.void, size: int, itemsize: int) -> None:
     g["back_groups"] = _back_groups(g, itemsize)
     g["blocks"] = r0 == 1 and r1 <= BLOCK
     packed = r0 == g["K1"] == 1 and (g["K0"] == 1 or g["y_K0"] == r1)
-    g["by_rows"] = packed and g["inner"] == 1 and g["size"] == r1 and r1 % STRIP == 0 and r1 <= ROWS_UP_TO
+    along = packed and g["inner"] == 1 and g["size"] == r1
+    g["by_rows"] = along and r1 % STRIP == 0 and r1 <= ROWS_UP_TO
+    if along and r1 % STRIP and r1 < SHORT and not g["stream"]:
+        g["by_rows"] = NARROW
     g["channel_runs"] = g["K0"] == 1 < r0 and g["inner"] == r1 and g["size"] == g["K1"]
     span = (size // SPANS if g["stream"] else SPAN) // group
     if g["by_rows"] and not g["stream"] and r1 < ROWS_APART:

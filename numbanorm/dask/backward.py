@@ -14,12 +14,11 @@ import numpy as np
 from dask.array.utils import meta_from_array
 
 from ..calls import check, host, prepare
-from ..calls.arrays import as_parameter
 from ..core.norms import L2, record_of
 from ..core.threads import serial
 from ..layers.base import Kept
-from ..stats import partials
-from .chunks import Call, Task, after, as_dask, beside, block_parts, empty, form_of, in_order, spec, to_host
+from ..stats import groups
+from .chunks import Call, Task, after, as_dask, as_weight, beside, block_parts, empty, form_of, in_order, spec, to_host
 
 CLAMPED = 5e-6
 """By how much a norm times its factor may be below 1 by rounding, float32 kernels' too; more, and it was clamped."""
@@ -48,9 +47,7 @@ def backward(
         mask = as_dask(mask, "mask")
     record = record_of(norm)
     gradient = as_dask(dy, "dy")
-    if weight is not None and not isinstance(weight, da.Array):
-        weight = as_parameter(weight, "weight", form.lane)
-    weight = None if weight is None else as_dask(weight, "weight")
+    weight = as_weight(weight, "weight", form)
     stats = Kept(
         *(
             None if value is None or name not in record.statistics else as_dask(value, name)
@@ -122,11 +119,11 @@ class _Backward:
         elif call.mask is not None:
             counted = call.mask.sum(axis=call.over, keepdims=True) if call.over else call.mask.astype(np.int64)
             count = call.of_groups(in_order(counted, call.over, call.stats_axes), np.sum)
-        if call.record.grouped and call.weight is not None:
+        if call.record.grouped and call.record.weights_within_groups and call.weight is not None:
             lengths = [-1 if a in call.weight_axes else 1 for a in call.stats_axes]
             sums = [part * call.weight.astype(np.float64).reshape(lengths) for part in sums]
-        groups = [call.of_groups(part, np.sum) for part in sums]
-        return tuple(da.where(count > 0, part / da.maximum(count, 1), 0.0) for part in groups)
+        parts = [call.of_groups(part, np.sum) for part in sums]
+        return tuple(da.where(count > 0, part / da.maximum(count, 1), 0.0) for part in parts)
 
     def _dx(self, bundle: Any) -> Any:
         x, dtype = self._call.x, self._call.form.result
@@ -186,7 +183,7 @@ def _sums(
         return (_nothing(x.shape, tuple(a for a in axes if a not in over)),) * 3
     (dy,) = beside(x, dy)
     with serial():
-        sums = partials.sums(task.norm, task.options(x.shape), dy, x, *inputs)
+        sums = groups.sums(task.norm, task.options(x.shape), dy, x, *inputs)
     spread = [_spread(part, axes, len(x.shape)) for part in sums]
     if task.record.scale != L2:
         return tuple(spread)
@@ -200,5 +197,5 @@ def _from_means(x: Any, dy: Any, *inputs: Any, task: Task, axes: Any, result: An
         return empty(x, result), *(_nothing(x.shape, axes or ()) for _ in task.record.parameters)
     (dy,) = beside(x, dy)
     with serial():
-        dx, *sums = partials.gradient(task.norm, task.options(x.shape), dy, x, *inputs)
+        dx, *sums = groups.gradient(task.norm, task.options(x.shape), dy, x, *inputs)
     return (dx,) if axes is None else (dx, *(_spread(part, axes, len(x.shape)) for part in sums))

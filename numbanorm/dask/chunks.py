@@ -12,7 +12,7 @@ from dask.base import tokenize
 from dask.graph_manipulation import bind
 
 from ..calls import check
-from ..calls.arrays import as_array
+from ..calls.arrays import as_array, as_parameter
 from ..calls.dispatch import Request, handler_of
 from ..calls.host import serve
 from ..core.dtypes import Format, native
@@ -23,6 +23,7 @@ from ..core.spec import contiguous
 from ..core.threads import serial
 from ..layers.base import Kept
 from ..stats import partials
+from ..stats.groups import Maps
 from ..stats.moments import parts_of, two_sum
 
 PARTS = np.dtype([(name, np.float64) for name in ("count", "mean", "m2", "low")])
@@ -45,6 +46,13 @@ def as_dask(value: Any, name: str) -> Any:
             f"{name}: expected known chunk sizes, got shape {array.shape}; call .compute_chunk_sizes() first"
         )
     return array
+
+
+def as_weight(value: Any, name: str, form: Format) -> Any:
+    """Return a weight or bias beside an input of such a dtype as a dask array; None for None."""
+    if value is None or isinstance(value, da.Array):
+        return value
+    return as_dask(as_parameter(value, name, form.lane), name)
 
 
 def form_of(x: Any) -> Format:
@@ -128,7 +136,7 @@ class Call:
         self.record, self.x, self.form = record, x, form
         self.layout = Layout.of(norm, x.shape, channel_axis=channel_axis, num_groups=groups, axis=axis)
         self.all = tuple(range(x.ndim))
-        maps = partials.Maps(norm, options, x.ndim)
+        maps = Maps(norm, options, x.ndim)
         self.over, self.stats_axes, self.weight_axes = maps.over, maps.stats_axes, maps.weight_axes
         self.channels = Task(record, maps.channel, axis, 1)
         per_group = max(x.shape[maps.channel] // groups, 1) if groups else 1

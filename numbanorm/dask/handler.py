@@ -20,7 +20,6 @@ import dask.array as da
 import numpy as np
 
 from ..calls import check, prepare, running
-from ..calls.arrays import as_parameter
 from ..calls.dispatch import Outcome, Request
 from ..calls.host import as_running
 from ..calls.memory import look
@@ -30,7 +29,7 @@ from ..core.plan import MEAN, RSTD
 from ..core.spec import spec_of
 from ..layers.base import Kept
 from .backward import backward
-from .chunks import Call, as_dask, form_of, merged, spec, spread_mask
+from .chunks import Call, as_dask, as_weight, form_of, merged, spec, spread_mask
 
 __all__ = ["add_gradient", "backward", "forward", "moments", "shape_of", "share_memory"]
 
@@ -45,12 +44,7 @@ def forward(request: Request) -> Outcome:
     form = form_of(x)
     options = check.options_of(record, x.shape, *request.options)
     eps = form.epsilon if request.eps is None and record.eps is None else check.check_eps(request.eps)
-    weight, bias = (
-        value
-        if value is None
-        else as_dask(value if isinstance(value, da.Array) else as_parameter(value, name, form.lane), name)
-        for name, value in (("weight", request.weight), ("bias", request.bias))
-    )
+    weight, bias = as_weight(request.weight, "weight", form), as_weight(request.bias, "bias", form)
     mask = None if request.mask is None else as_dask(request.mask, "mask")
     residual = None if request.residual is None else as_dask(request.residual, "residual")
     if mask is not None:

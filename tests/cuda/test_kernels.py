@@ -13,7 +13,7 @@ toolchain = pytest.importorskip("numbanorm.cuda.toolchain", exc_type=ImportError
 
 import numpy as np  # noqa: E402
 from kernel_cases import COUNT, M2, MEAN, RSTD, Case, Device, Problem  # noqa: E402
-from registered import SCALE, registered  # noqa: E402
+from registered import SCALE, UNUSUAL, registered  # noqa: E402
 
 from numbanorm.cuda import launch, launch_backward  # noqa: E402
 
@@ -23,9 +23,9 @@ if not toolchain.SIMULATED and not toolchain.available():
 
 
 @pytest.fixture(autouse=True)
-def _scale_norm() -> Iterator[None]:
-    """A norm that a user adds: one weight for all elements."""
-    with registered(SCALE):
+def _own_norms() -> Iterator[None]:
+    """Norms that a user adds."""
+    with registered(*UNUSUAL):
         yield
 
 
@@ -96,6 +96,9 @@ ROWS = [
     Case(SCALE.kind, (3, 40), axis=(1,), dtype="bfloat16", parameter="bfloat16", residual=True),
     Case(SCALE.kind, (1, 20004), axis=(1,), dtype="float64"),
     Case(SCALE.kind, (1, 1), axis=(1,)),
+    Case("whole", (2, 6, 40), mask="elements"),
+    Case("batch-group", (3, 6, 33), num_groups=2),
+    Case("channel-rms", (3, 4, 40), dtype="bfloat16"),
 ]
 
 FORWARD = [
@@ -145,6 +148,8 @@ COLUMNS = [
     Case("l2", (300, 12), axis=(0,), dtype="bfloat16", weight=False),
     Case(SCALE.kind, (2, 9, 20), axis=(1,)),
     Case(SCALE.kind, (70, 8), axis=(0,), dtype="float16"),
+    Case("position", (2, 6, 40), mask="elements"),
+    Case("channel-rms", (40, 8), dtype="float64"),
 ]
 
 DTYPES = ["bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"]

@@ -31,14 +31,15 @@ def _synchronous() -> Iterator[None]:
         yield
 
 
-def channelwise(norm: str, *head: Any, weight: Any = None, **own: Any) -> Call:
+def channelwise(norm: str, *head: Any, weight: Any = None, eps: float | None = None, **own: Any) -> Call:
     """Return what gives y's statistics and the gradients; of arrays in memory, or of dask arrays."""
     forward, backward = getattr(nn, f"{norm}_norm"), getattr(nn, f"{norm}_norm_backward")
-    both = {"training": True} if norm == "batch" else {}
+    both: dict[str, Any] = {"training": True} if norm == "batch" else {}
+    there = {} if eps is None else {"eps": eps}
 
     def call(dy: Any, x: Any, statistics: Any = None, **options: Any) -> Any:
         if statistics is None:
-            _, *statistics = forward(x, *head, weight=weight, return_stats=True, **both, **own, **options)
+            _, *statistics = forward(x, *head, weight=weight, return_stats=True, **both, **there, **own, **options)
         return backward(dy, x, *head, *statistics, weight, **own, **options)
 
     return call
@@ -59,7 +60,10 @@ BACKWARD: dict[str, Call] = {
     "layer, all axes": channelwise("layer", SHAPE, weight=normal(6, SHAPE)),
     "rms": channelwise("rms", (5, 3), weight=normal(3, (5, 3))),
     "rms, axis 1": channelwise("rms", 6, axis=1),
+    "l2": channelwise("l2", (5, 3), weight=normal(3, (5, 3))),
+    "l2, axis 1, some clamped": channelwise("l2", 6, weight=WEIGHT, axis=1, eps=2.4),
 }
+UNCENTRED = "rms", "l2"
 
 
 @st.composite
@@ -95,7 +99,7 @@ def test_any_chunks(name: str, data: st.DataObject) -> None:
     chunks = data.draw(chunkings())
     lazy = da.from_array(x, chunks=chunks)
     options: dict[str, Any] = {}
-    if not name.startswith("rms") and data.draw(st.booleans()):
+    if not name.startswith(UNCENTRED) and data.draw(st.booleans()):
         shape = data.draw(st.sampled_from([SHAPE, SHAPE[1:], (4, 1, 1, 1), (1, 6, 1, 3)]))
         options["mask"] = np.random.default_rng(0).random(shape) < 0.6
     expected = BACKWARD[name](dy, x, **options)
@@ -124,7 +128,7 @@ def test_running_statistics_are_constants(chunks: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.uint8, ">f4"])
-@pytest.mark.parametrize("name", ["batch", "group", "layer"])
+@pytest.mark.parametrize("name", ["batch", "group", "layer", "l2"])
 @pytest.mark.parametrize("chunks", [(2, 3, 2, 3), SHAPE])
 def test_dtypes(name: str, dtype: Any, chunks: tuple[int, ...]) -> None:
     x = (normal(0, SHAPE, np.float64) * 20 + 60).astype(dtype)
@@ -179,6 +183,7 @@ def test_lazy_with_names_that_come_from_the_inputs(name: str) -> None:
         ("layer", (1, 1, 5, 3), 1),
         ("layer", (4, 6, 5, 2), 2),
         ("rms", (4, 6, 2, 3), 2),
+        ("l2", (4, 6, 2, 3), 2),
     ],
 )
 def test_reads(name: str, chunks: tuple[int, ...], reads: int) -> None:
@@ -214,6 +219,7 @@ FORWARD_STATISTICS: dict[str, Call] = {
     "group": lambda x: nn.group_norm(x, 3, return_stats=True),
     "layer": lambda x: nn.layer_norm(x, (5, 3), return_stats=True),
     "rms": lambda x: nn.rms_norm(x, (5, 3), return_stats=True),
+    "l2": lambda x: nn.l2_norm(x, (5, 3), return_stats=True),
 }
 
 
@@ -227,10 +233,11 @@ def test_layers(masked: bool) -> None:
         lambda: nn.GroupNorm(2, 6),
         lambda: nn.LayerNorm((5, 3)),
         lambda: nn.RMSNorm(3),
+        lambda: nn.L2Norm((5, 3), elementwise_affine=True),
     ]
     for make in layers:
         ours, theirs = make(), make()
-        options = {"mask": x > -0.5} if masked and ours.kind != "rms" else {}
+        options = {"mask": x > -0.5} if masked and ours.record.takes_mask else {}
         ours(lazy, **options)
         theirs(x, **options)
         compare([ours.backward(da.from_array(dy, chunks=2))], [theirs.backward(dy)])

@@ -16,6 +16,7 @@ from tolerances import FLOAT32, FLOAT64, MOMENTS, STATISTICS_FLOAT32
 
 import numbanorm as nn
 from numbanorm.core import threads as kernel_threads
+from numbanorm.cpu import engine
 
 dask = pytest.importorskip("dask")
 da = pytest.importorskip("dask.array")
@@ -56,7 +57,10 @@ FORWARD: dict[str, Call] = {
     "layer, axes turned": lambda x, **k: nn.layer_norm(x, (3, 6), normal(5, (3, 6)), axis=(3, 1), **k),
     "rms": lambda x, **k: nn.rms_norm(x, (5, 3), normal(3, (5, 3)), **k),
     "rms, axis 1": lambda x, **k: nn.rms_norm(x, 6, WEIGHT, axis=1, **k),
+    "l2": lambda x, **k: nn.l2_norm(x, (5, 3), normal(3, (5, 3)), **k),
+    "l2, axis 1, some clamped": lambda x, **k: nn.l2_norm(x, 6, eps=2.4, axis=1, **k),
 }
+UNCENTRED = "rms", "l2"
 
 
 @st.composite
@@ -78,7 +82,7 @@ def test_any_chunks(name: str, data: st.DataObject) -> None:
     x = (normal(0, SHAPE, np.float64) + mean).astype(data.draw(st.sampled_from([np.float32, np.float64])))
     lazy = da.from_array(x, chunks=chunks)
     options: dict[str, Any] = {}
-    if not name.startswith("rms") and data.draw(st.booleans()):
+    if not name.startswith(UNCENTRED) and data.draw(st.booleans()):
         shape = data.draw(st.sampled_from([SHAPE, SHAPE[1:], (4, 1, 1, 1), (1, 6, 1, 3)]))
         options["mask"] = np.random.default_rng(0).random(shape) < 0.6
     expected = FORWARD[name](x, return_stats=True, **options)
@@ -126,6 +130,7 @@ def test_nothing_is_computed_before_it_is_asked_for(name: str) -> None:
         ("layer", (4, 6, 5, 2), 2),
         ("rms", (2, 2, 5, 3), 1),
         ("rms", (4, 6, 2, 3), 2),
+        ("l2", (4, 6, 2, 3), 2),
     ],
 )
 def test_reads(name: str, chunks: tuple[int, ...], reads: int) -> None:
@@ -157,7 +162,7 @@ def test_reads(name: str, chunks: tuple[int, ...], reads: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.uint8, np.int16, np.int64, ">f4", np.bool_])
-@pytest.mark.parametrize("name", ["batch", "instance", "group", "layer", "rms"])
+@pytest.mark.parametrize("name", ["batch", "instance", "group", "layer", "rms", "l2"])
 @pytest.mark.parametrize("chunks", [(2, 3, 2, 3), SHAPE])
 def test_dtypes(name: str, dtype: Any, chunks: tuple[int, ...]) -> None:
     x = (normal(0, SHAPE, np.float64) * 20 + 60).astype(dtype)
@@ -172,7 +177,8 @@ def test_residual() -> None:
         lazy, added = da.from_array(x, chunks=chunks), da.from_array(r, chunks=(4, 2, 2, 3))
         for residual in (r, added):
             for f in (lambda a, b: nn.layer_norm(a, 3, residual=b, return_stats=True),
-                      lambda a, b: nn.rms_norm(a, 3, residual=b)):  # fmt: skip
+                      lambda a, b: nn.rms_norm(a, 3, residual=b),
+                      lambda a, b: nn.l2_norm(a, 3, residual=b)):  # fmt: skip
                 found, expected = f(lazy, residual), f(x, r)
                 assert len(found) == len(expected)
                 close(found[0], expected[0], x)
@@ -227,7 +233,7 @@ class TestRunning:
                 np.testing.assert_allclose(ours.running_var, theirs.running_var, 1e-6)
                 assert ours.num_batches_tracked == theirs.num_batches_tracked
             close(ours.eval()(lazy), theirs.eval()(x), x.astype(np.float32).astype(np.float64))
-        for norm in (nn.LayerNorm(3), nn.RMSNorm((5, 3)), nn.GroupNorm(2, 6), nn.InstanceNorm(6)):
+        for norm in (nn.LayerNorm(3), nn.RMSNorm((5, 3)), nn.GroupNorm(2, 6), nn.InstanceNorm(6), nn.L2Norm((5, 3))):
             close(norm(lazy), norm(x), x)
 
 
@@ -294,8 +300,9 @@ def test_kernels_use_one_thread_in_a_task(monkeypatch: pytest.MonkeyPatch) -> No
         seen.append(usable())
         return seen[-1]
 
-    monkeypatch.setattr("numbanorm.cpu.backend.usable_threads", looked_at)
+    monkeypatch.setattr(kernel_threads, "usable_threads", looked_at)
     monkeypatch.setattr(kernel_threads, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(engine, "SHARE_FROM", engine.NUMBA_FROM)
     x = normal(0, (512, 600))
     of_rows = nn.layer_norm(x, 600, return_stats=True)[1:]
     of_channels = nn.batch_norm(x, training=True, return_stats=True)[1:]
@@ -330,6 +337,10 @@ WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: nn.batch_norm(da.ones((4, 3))), ValueError, "running_mean, running_var: expected both"),
     (lambda: nn.batch_norm(da.ones((4, 3)), da.zeros(3), da.ones(3)), TypeError, "running_mean: .*lazy"),
     (lambda: nn.batch_norm(da.ones((4, 3))[da.ones(4) > 0], training=True), ValueError, "x: expected known chunk"),
+    (lambda: nn.batch_norm(da.ones((4, 3)), [0.0] * 3, [1.0] * 3, training=True), TypeError, "running_mean: .* list"),
+    (lambda: nn.batch_norm(da.ones((4, 3)), *[np.ones(3)] * 2, training=True), TypeError, "momentum: "),
+    (lambda: nn.normalize("l2", da.ones((4, 3)), 3, mask=np.ones(3, bool)), TypeError, "mask: expected None, L2Norm"),
+    (lambda: nn.group_norm(da.ones((4, 6)), 2, residual=da.ones((4, 6))), TypeError, "residual: expected None, Group"),
     (lambda: nn.Moments.of(da.ones((4, 3)), 2), ValueError, "axis: "),
     (lambda: nn.Moments.of(da.ones((4, 3)), mask=np.ones((4, 3))), TypeError, "mask: "),
     (lambda: nn.layer_norm(np.ones((4, 3)), 3, da.ones(3)), TypeError, "weight: .*lazy Array"),
