@@ -36,7 +36,7 @@ class Module(NamedTuple):
     def folder(self) -> str:
         """The folder of the package that it lies in; "" for the package's own."""
         parts = self.name.split(".")[1:]
-        return parts[0] if self.package or len(parts) > 1 else ""
+        return parts[0] if parts and (self.package or len(parts) > 1) else ""
 
 
 Modules = dict[str, Module]

@@ -80,11 +80,7 @@ def forward(
     check.check_parameters(record, layout, weight, bias)
     kind = result if half_weights and not work.columns and _are(result, weight, bias) else form.lane
     direct = out is not None and work.y is not None
-    deliver: ArraySpec | None = None
-    if out is not None:
-        deliver = None if direct else out
-    elif work.reordered:
-        deliver = contiguous(shape, result, memory_order(shape, source.strides, source.dtype.itemsize))
+    deliver = _laid_as(source, work, result) if out is None else None if direct else out
     return Forward(
         record=record,
         form=form,
@@ -153,9 +149,6 @@ def backward(
     packed: ArraySpec | None = None
     if kind != lane or layout.affine_order is not None:
         packed = contiguous(layout.affine_shape, lane, layout.affine_order)
-    deliver: ArraySpec | None = None
-    if work.reordered:
-        deliver = contiguous(shape, result, memory_order(shape, x.strides, x.dtype.itemsize))
     return Backward(
         record=record,
         form=form,
@@ -167,7 +160,7 @@ def backward(
         rstd=_given_statistic(rstd, layout),
         mask=None if mask is None else _mask(mask, masked, work),
         fresh=_fresh(work, result),
-        deliver=deliver,
+        deliver=_laid_as(x, work, result),
         gradient=gradient,
         packed_gradient=packed,
     )
@@ -204,6 +197,13 @@ def public_statistic(row: np.ndarray, layout: Layout) -> np.ndarray:
 
 def _fresh(work: Plan, dtype: np.dtype[Any]) -> ArraySpec:
     return contiguous(work.layout.shape, dtype, work.layout.order)
+
+
+def _laid_as(x: ArraySpec, work: Plan, dtype: np.dtype[Any]) -> ArraySpec | None:
+    """Return how a result lies that is to lie as `x` does, where what the kernels write does not."""
+    if not work.reordered:
+        return None
+    return contiguous(x.shape, dtype, memory_order(x.shape, x.strides, x.dtype.itemsize))
 
 
 def _array(given: ArraySpec, placement: Placement | None, work: Plan, dtype: np.dtype[Any] | None = None) -> Reading:

@@ -126,28 +126,35 @@ class Task:
         How many may take part.
     """
 
-    __slots__ = ("_begin", "_left", "_places", "_taken")
+    __slots__ = ("_begin", "_kept", "_left", "_most", "_places", "_raised")
+
+    # An interrupt may come between any two steps of the caller's: none of them, alone or again, may mislead it.
 
     def __init__(self, begin: Callable[[], Callable[[], Any]], helpers: int) -> None:
         self._begin: Any = begin
-        self._places = [begin] * helpers
-        self._taken = helpers
-        self._left: SimpleQueue[BaseException | None] = SimpleQueue()
+        self._kept: Any = begin
+        self._most = helpers
+        self._places = [None] * helpers
+        self._raised: list[BaseException | None] = []
+        self._left: SimpleQueue[None] = SimpleQueue()
 
     def help(self) -> None:
         """Take part, if there is a place."""
         try:
-            begin = self._places.pop()
+            self._places.pop()
         except IndexError:
             return
         try:
-            launch = begin()
-            del begin
-            launch()
+            begin = self._begin
+            if begin is not None:
+                launch = begin()
+                del begin
+                launch()
         except BaseException as error:  # memory may run out; whoever waits must hear of it
-            self._left.put(error)
+            self._raised.append(error)
         else:
-            self._left.put(None)
+            self._raised.append(None)
+        self._left.put(None)
 
     def wait(self) -> None:
         """Wait until a helper has left, for a while.
@@ -157,35 +164,28 @@ class Task:
         BaseException
             What a helper raised: units that it has claimed will never be done.
         """
-        error = self._hear()
-        if error is not None:
-            raise error
+        self._sleep()
+        for error in self._raised:
+            if error is not None:
+                raise error
 
     def close(self) -> None:
-        """Let nobody in any more, once all units are done; whoever is inside finds none left."""
-        self._places.clear()
+        """Let nobody in any more, once all units are done: whoever is inside finds none left, and reads no array."""
         self._begin = None
+        self._kept = None
 
     def abort(self) -> None:
         """Let nobody in any more, and wait until all have left: they write to arrays of the caller's."""
-        with suppress(IndexError):
-            while True:
-                self._places.pop()
-                self._taken -= 1
-        while self._taken > 0:
-            self._hear()
-        self.close()
+        self._begin = None
+        while len(self._raised) < self._most - len(self._places):
+            self._sleep()
+        self._kept = None
 
-    def _hear(self) -> BaseException | None:
-        """Return what a helper raised who has left; None after a while, too."""
+    def _sleep(self) -> None:
         if self not in _helpers.tasks:
             raise RuntimeError("a child process was forked within this call, and its helpers are not there")
-        try:
-            error = self._left.get(timeout=0.05)
-        except Empty:
-            return None
-        self._taken -= 1
-        return error
+        with suppress(Empty):
+            self._left.get(timeout=0.05)
 
 
 class _Helpers:
@@ -198,7 +198,6 @@ class _Helpers:
         self.tasks: list[Task] = []
         self._calls: SimpleQueue[None] = SimpleQueue()
         self._number = 0
-        self._starting = threading.Lock()
 
     def call(self, number: int) -> None:
         """Wake so many, unless they are on their way."""
@@ -208,16 +207,14 @@ class _Helpers:
             self._calls.put(None)
 
     def _start(self, number: int) -> None:
-        if not self._starting.acquire(blocking=False):  # another thread does it, or what a signal has interrupted
-            return
-        try:
-            while self._number < number:
+        """Start what is missing of so many; by no lock, which a signal's handler could not wait for."""
+        while self._number < number:
+            self._number += 1
+            try:
                 threading.Thread(target=self._serve, name="numbanorm", daemon=True).start()
-                self._number += 1
-        except RuntimeError:  # no more threads here, or the interpreter is at its end: the caller does all
-            pass
-        finally:
-            self._starting.release()
+            except RuntimeError:  # no more threads here, or the interpreter is at its end: the caller does all
+                self._number -= 1
+                return
 
     def _serve(self) -> None:
         try:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..backend import Backward, Launch
+from ..core.norms import L2
 from ..core.plan import M2, Plan
 from . import along_backward, columns_backward, rows, rows_backward
 from .address import Address, address_type
@@ -211,7 +212,7 @@ def _few_units(plan: Plan, geometry: np.ndarray) -> float:
 
 def _counts_of(call: Backward) -> Counts | None:
     """Return what makes the counts of groups where they are not all the same."""
-    if call.record.scale == "l2":
+    if call.record.scale == L2:
         return _unclamped(call)
     return None if call.mask is None else _marked(call)
 

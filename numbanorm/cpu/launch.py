@@ -19,7 +19,7 @@ from ..core.norms import SCALES
 from ..core.plan import Placement, Plan
 from ..core.spec import ArraySpec, bounds
 from .columns import BLOCK_ROWS, TILE
-from .rows import AHEAD, AHEAD_NEAR, NARROW, ROWS_APART, SHORT
+from .rows import AHEAD, AHEAD_NEAR, ROWS_APART, SHORT
 from .sums import TOGETHER, UNIT_GROUPS
 from .welford import BLOCK
 
@@ -133,7 +133,7 @@ _FIELDS = """
     x_itemsize y_itemsize lane_itemsize x_low x_high y_low y_high mask_low mask_high same
     mean_step count_step slabs gradients
     run_samples run_channels run_sample_step run_step run_mean_itemsize run_var_itemsize
-    unit_groups together span_groups span_pieces ahead ahead_out stream pairs blocks by_rows channel_runs
+    unit_groups together span_groups span_pieces ahead ahead_out stream pairs blocks narrow by_rows channel_runs
     back_groups
     rows lanes tail tile block_rows chunk_rows chunk_runs chunk_width across chunks block_runs piece_runs piece_chunks
 """
@@ -206,11 +206,10 @@ def _rows(g: np.void, size: int, itemsize: int) -> None:
     packed = r0 == g["K1"] == 1 and (g["K0"] == 1 or g["y_K0"] == r1)
     along = packed and g["inner"] == 1 and g["size"] == r1
     g["by_rows"] = along and r1 % STRIP == 0 and r1 <= ROWS_UP_TO
-    if along and r1 % STRIP and r1 < SHORT and not g["stream"]:
-        g["by_rows"] = NARROW
+    g["narrow"] = along and r1 % STRIP != 0 and r1 < SHORT and not g["stream"]
     g["channel_runs"] = g["K0"] == 1 < r0 and g["inner"] == r1 and g["size"] == g["K1"]
     span = (size // SPANS if g["stream"] else SPAN) // group
-    if g["by_rows"] and not g["stream"] and r1 < ROWS_APART:
+    if (g["by_rows"] or g["narrow"]) and not g["stream"] and r1 < ROWS_APART:
         g["unit_groups"] = max(g["unit_groups"], 4)
     g["span_groups"] = max(g["together"], span // g["together"] * g["together"])
     g["span_pieces"] = max(1, size // (CHUNK * SPANS)) if g["stream"] else 1
@@ -314,11 +313,12 @@ def _bound(g: np.void, x: ArraySpec, y: ArraySpec, mask: Reading | None, form: F
         g["mask_low"], g["mask_high"] = bounds(mask.given if mask.packed is None else mask.packed)
 
 
-def variants(geometry: np.ndarray, whole: bool) -> tuple[bool | None, bool | None, bool | None]:
-    """Return `pairs`, `blocks` and `chunks` as the rows kernel takes them; `whole`: without a mask."""
+def variants(geometry: np.ndarray, whole: bool) -> tuple[bool | None, ...]:
+    """Return `pairs`, `blocks`, `chunks` and `narrow` as the rows kernel takes them; `whole`: without a mask."""
     g = geometry[0]
     blocks = whole and bool(g["blocks"])
-    return True if whole and g["pairs"] else None, True if blocks else None, None if blocks else True
+    told = whole and g["pairs"], blocks, not blocks, blocks and g["narrow"]
+    return tuple(True if flag else None for flag in told)
 
 
 def by_row(plan: Plan, geometry: np.ndarray) -> bool | None:

@@ -96,9 +96,6 @@ RMSNorm (512, 512) takes 56.0 us one by one on Zen 4 and 50.6 by fours, (128, 76
 16.9; (512, 1024), all of whose rows fall in the same sets of L1, 101 and 106.
 """
 
-NARROW = 2
-"""The geometry's `by_rows` of rows that are no whole lanes: 1 is that of rows that are."""
-
 SHORT = 256
 """Elements of a run from which `_write`, which stores by whole cache lines, pays for its 150 instructions more."""
 
@@ -568,7 +565,7 @@ def _write_narrow(x, residual, total, y, weight, bias, g, base, n, held):
 
 
 @scalar
-def _forward_span(span, x, residual, total, y, mask, weight, bias, stats, keep, g, eps, pairs, blocks, chunks):
+def _forward_span(span, x, residual, total, y, mask, weight, bias, stats, keep, g, eps, pairs, blocks, chunks, narrow):
     """Take some groups, unit by unit: statistics of a unit's groups, then their output, while they are in the cache.
 
     A group's statistics end in a chain of divisions; those of the next do not wait for it, its own output would. A
@@ -613,26 +610,16 @@ def _forward_span(span, x, residual, total, y, mask, weight, bias, stats, keep, 
                 k0, k1 = after // g.K1, after % g.K1
                 out0, out1 = base // g.K1, base % g.K1
         i = np.int64(0)
-        if blocks is not None:
-            in_lines = until_line(y, 0) == 0
-            if safe and g.by_rows == NARROW:
+        if narrow is not None:
+            if safe:
                 _write_narrow(x, residual, total, y, weight, bias, g, base, after - base, held)
                 base = after
                 out0, out1 = k0, k1
-            elif safe and g.by_rows != 0 and (in_lines or g.stream == 0 or g.R1 * g.y_itemsize <= WHOLE_BYTES):
-                _write_rows(
-                    x,
-                    residual,
-                    total,
-                    y,
-                    weight,
-                    bias,
-                    g,
-                    base,
-                    after - base,
-                    held,
-                    g.stream != 0 and in_lines,
-                )
+        elif blocks is not None:
+            in_lines = until_line(y, 0) == 0
+            if safe and g.by_rows != 0 and (in_lines or g.stream == 0 or g.R1 * g.y_itemsize <= WHOLE_BYTES):
+                past = g.stream != 0 and in_lines
+                _write_rows(x, residual, total, y, weight, bias, g, base, after - base, held, past)
                 base = after
                 out0, out1 = k0, k1
         while base < after:
@@ -656,17 +643,23 @@ def _forward_span(span, x, residual, total, y, mask, weight, bias, stats, keep, 
 
 
 @scalar
-def _forward_spans(job, geometry, x, residual, total, y, mask, weight, bias, stats, keep, eps, pairs, blocks, chunks):
+def _forward_spans(
+    job, geometry, x, residual, total, y, mask, weight, bias, stats, keep, eps, pairs, blocks, chunks, narrow
+):
     g = record(geometry)
     spans = -(-(g.K0 * g.K1) // g.span_groups)
     span = claim(job, np.int64(-1), spans)
     while span < spans:
-        _forward_span(span, x, residual, total, y, mask, weight, bias, stats, keep, g, eps, pairs, blocks, chunks)
+        _forward_span(
+            span, x, residual, total, y, mask, weight, bias, stats, keep, g, eps, pairs, blocks, chunks, narrow
+        )
         span = claim(job, span, spans)
 
 
 @Kernel
-def forward(job, workers, geometry, pairs, blocks, chunks, x, residual, total, y, mask, weight, bias, stats, eps, keep):
+def forward(
+    job, workers, geometry, pairs, blocks, chunks, narrow, x, residual, total, y, mask, weight, bias, stats, eps, keep
+):
     """Normalize group by group: statistics, then output, while the group is in the cache; return `clash`'s answer.
 
     `stats` has a column for each group; `keep` is false where nobody wants them, and it may have none.
@@ -674,9 +667,9 @@ def forward(job, workers, geometry, pairs, blocks, chunks, x, residual, total, y
     With `residual`, which lies as `x` does, x + residual is normalized in place of `x`, and written to `total`, packed,
     beside the output: to write it before its statistics would cost a fetch of its lines.
 
-    `pairs`, `blocks` and `chunks` are None, or True where the geometry says so: two groups are written beside the
-    statistics of the next two (`_stream_pair`); each group is a block of its own, or chunks of blocks. The type tells,
-    so that a first call does not wait for what other arrays take: 0.8 s for pairs, 0.7 for chunks, 0.2 for blocks.
+    `pairs`, `blocks`, `chunks` and `narrow` are None, or True where the geometry says so: two groups are written beside
+    the statistics of the next two (`_stream_pair`); each group is a block of its own, or chunks of blocks; rows are
+    short, and no whole lanes. The type tells, so that a first call does not wait for what other arrays take.
     """
     p_job, p_geometry = pointer(job), pointer(geometry)
     p_x, p_y, p_mask, p_weight, p_bias = pointer(x), pointer(y), pointer(mask), pointer(weight), pointer(bias)
@@ -701,6 +694,7 @@ def forward(job, workers, geometry, pairs, blocks, chunks, x, residual, total, y
             pairs,
             blocks,
             chunks,
+            narrow,
         )
     return 0
 

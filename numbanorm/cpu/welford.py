@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..core.norms import SCALES
+from ..core.norms import L2, SCALES
 from .jit import scalar
+
+_L2 = SCALES.index(L2)
 
 BLOCK = 1024
 """Elements a block: 32 float32 additions a lane between merges, and 4 KiB, so a second sweep reads the L1 cache."""
@@ -29,8 +31,6 @@ POOR = 0.5
 
 TINY = 1e-30
 """Below this, squares of float32 lanes may have underflowed."""
-
-L2 = SCALES.index("l2")
 
 HUGE = 1e38
 """Above this, squares of float32 lanes may have overflowed."""
@@ -67,7 +67,7 @@ def rstd_of(count, m2, eps, scale):
 
     1/sqrt(variance + eps) with the biased variance, which is 0 in an empty group; or 1/max(norm, eps).
     """
-    if scale == L2:
+    if scale == _L2:
         norm = np.sqrt(m2)
         return 1.0 / (eps if norm < eps else norm)  # NaN stays NaN
     variance = m2 / count if count > 0.0 else 0.0

@@ -573,7 +573,8 @@ def test_kernels_use_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """The others read and write."""
     seen: list[int] = []
     usable = kernel_threads.usable_threads
-    monkeypatch.setattr("numbanorm.cpu.backend.usable_threads", lambda: seen.append(usable()) or seen[-1])
+    monkeypatch.setattr(kernel_threads, "usable_threads", lambda: seen.append(usable()) or seen[-1])
+    monkeypatch.setattr("numbanorm.cpu.engine.SHARE_FROM", 1 << 10)
     monkeypatch.setattr(kernel_threads, "get_num_threads", lambda: 2)
     np.save(tmp_path / "x.npy", normal(0, (512, 600), np.float32))  # large enough for threads
     for norm in ("layer", "batch"):

@@ -10,7 +10,7 @@ import ctypes
 import mmap
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from random import Random
@@ -236,12 +236,16 @@ def guarded_zeros(shape: Any, dtype: Any = float) -> np.ndarray:
     return array
 
 
+ALLOCATES = ("calls.prepared", "calls.gradients", "calls.memory", "cpu.backend")
+"""Modules of numbanorm that have a name of their own for `numpy.empty`: `_empty`."""
+
+
 @contextmanager
 def guarded_outputs() -> Iterator[None]:
     """Within, what numbanorm asks NumPy for lies in guarded memory too, and what it leaves unwritten shows."""
-    with (
-        mock.patch.object(np, "empty", guarded_empty),
-        mock.patch.object(np, "zeros", guarded_zeros),
-        mock.patch("numbanorm.cpu.backend._empty", guarded_empty),
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(np, "empty", guarded_empty))
+        stack.enter_context(mock.patch.object(np, "zeros", guarded_zeros))
+        for module in ALLOCATES:
+            stack.enter_context(mock.patch(f"numbanorm.{module}._empty", guarded_empty))
         yield

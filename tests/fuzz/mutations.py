@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
+PACKAGE = HERE.parents[1] / "numbanorm"
 
 MUTATIONS = [
     ("cpu/welford.py", "share = count_b / count", "share = count_a / count"),
@@ -83,7 +84,7 @@ def main() -> int:
     missed = 0
     with tempfile.TemporaryDirectory() as folder:
         site = Path(folder)
-        package = shutil.copytree(HERE.parents[1] / "numbanorm", site / "numbanorm")
+        package = shutil.copytree(PACKAGE, site / "numbanorm")
         assert not caught(site), "the fuzzer fails on the package as it is"
         for name, old, new in MUTATIONS:
             path = Path(package) / name

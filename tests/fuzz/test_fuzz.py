@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -13,12 +14,24 @@ from typing import Any
 import numpy as np
 import pytest
 from check import WrongError, check, draw, make_arena
-from draws import FEW_DTYPES, Case
+from draws import FEW_DTYPES, OTHERS, Case
+from guarded import ALLOCATES, guarded_outputs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mutations import MUTATIONS, PACKAGE
 from processes import environment
+from registered import registered
+
+import numbanorm as nn
 
 ARENA = make_arena()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _others() -> Iterator[None]:
+    """Keep the norms that the fuzzer draws beside those of the package in the table."""
+    with registered(*OTHERS):
+        yield
 
 
 def fuzz(*options: str, **own: str) -> tuple[int, str]:
@@ -133,6 +146,32 @@ class TestTheFuzzerSees:
         case.arguments["eps"] = -1.0
         with pytest.raises(WrongError, match="raised ValueError: eps"):
             check(case, Random(2))
+
+    @pytest.mark.parametrize("channels_last", [False, True])
+    def test_unguarded_outputs(self, channels_last: bool) -> None:
+        """Whatever a call returns lies in guarded memory, which was NaN before."""
+        x, dy = np.random.default_rng(0).standard_normal((2, 8, 32, 64), np.float32)
+        if channels_last:  # statistics and results have another order in memory than the arrays that users get
+            x, dy = (np.moveaxis(np.ascontiguousarray(np.moveaxis(a, 1, -1)), -1, 1) for a in (x, dy))
+        mean, var = np.zeros(32), np.ones(32)
+        with guarded_outputs():
+            y, total = nn.layer_norm(x, 64, residual=dy)
+            results = [y, total, *nn.layer_norm(x, 64, return_stats=True)[1:], nn.batch_norm(x, mean, var)]
+            _, mean, rstd = nn.batch_norm(x, training=True, return_stats=True)
+            results += nn.batch_norm_backward(dy, x, mean, rstd)
+            results += nn.rms_norm(x[..., ::2], 32, residual=dy[..., 1::2])  # which is summed first
+        for result in results:
+            owner = result
+            while isinstance(owner, np.ndarray):
+                owner = owner.base
+            assert isinstance(owner, memoryview)
+            assert isinstance(owner.obj, mmap.mmap)
+            assert np.isfinite(result).all()
+
+    def test_names_of_empty(self) -> None:
+        """No module has another name for `numpy.empty` than those that are replaced."""
+        own = {path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if "= np.empty\n" in path.read_text()}
+        assert own == {Path(f"{name.replace('.', '/')}.py") for name in ALLOCATES}
 
     @pytest.mark.parametrize("where", ["array[-1:]", "array[:1]"])
     def test_touched_pages(self, where: str) -> None:

@@ -1,46 +1,29 @@
-"""Threads, nested regions, executors, forks and signals of the program around: right bits, no abort, no hang."""
+"""Threads, nested regions, executors, forks, signals and exits of the program around: right bits, no abort, no hang.
+
+By each engine: helpers that claim units, and Numba's threads under each of its layers.
+"""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 from pathlib import Path
 
 import pytest
+from engines import ENGINES, LAYERS, choosing, has_omp, has_tbb
 from processes import WATCH, run
 
 pytestmark = pytest.mark.slow
 
-
-def has_tbb() -> bool:
-    """Tell whether pip's TBB is there; on one CPU Numba waits for it without end when the interpreter exits."""
-    try:
-        ctypes.CDLL(str(Path(sys.prefix, "lib", "libtbb.so.12")))
-    except OSError:
-        return False
-    return not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) > 1
-
-
-def has_omp() -> bool:
-    try:
-        from numba.np.ufunc import omppool  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-LAYERS = [
-    pytest.param("omp", marks=pytest.mark.skipif(not has_omp(), reason="Numba has no OpenMP")),
-    "workqueue",
-    pytest.param("tbb", marks=pytest.mark.skipif(not has_tbb(), reason="no tbb")),
-]
-every_layer = pytest.mark.parametrize("layer", LAYERS)
+every_engine = pytest.mark.parametrize("engine", ENGINES)
 
 
 PRELUDE = """
 import hashlib, os, sys
 import numba, numpy as np, numbanorm as nn
+from numbanorm.core import threads
+from numbanorm.cpu import engine
+engine.SHARE_FROM = engine.NUMBA_FROM  # so that calls on little are shared by helpers, too
 def data(seed, shape=(16, 16, 24, 24)):
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32) + np.float32(seed)
 def work(x):
@@ -68,7 +51,7 @@ def work(x):
     add(y, r, *nn.rms_norm_backward(g.reshape(rows.shape), rows, rows.shape[1], r))
     return digest.hexdigest()
 xs = [data(i) for i in range(4)]
-assert xs[0].size >= 1 << 17  # kernels run in parallel
+assert xs[0].size >= engine.SHARE_FROM
 nn.set_num_threads(1)
 expected = [work(x) for x in xs]
 nn.set_num_threads(numba.config.NUMBA_NUM_THREADS)
@@ -77,9 +60,9 @@ nn.set_num_threads(numba.config.NUMBA_NUM_THREADS)
 WATCHED = "work(xs[0])  # its kernels are compiled, which may take long\n" + WATCH
 
 
-def run_on(layer: str, code: str, threads: int = 4, begin: str = WATCHED) -> str:
-    """Run code with `work`, every norm both ways, under a threading layer; a minute is enough unless `begin` is ""."""
-    return run(PRELUDE + begin + code, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS=str(threads))
+def run_on(engine: str, code: str, begin: str = WATCHED, **own: str) -> str:
+    """Run code with `work`, every norm both ways, by an engine; a minute is enough unless `begin` is ""."""
+    return run(PRELUDE + begin + code, **choosing(engine), NUMBA_NUM_THREADS="4", **own)
 
 
 THREADS = """
@@ -92,18 +75,19 @@ def hammer(i):
 with ThreadPoolExecutor(8) as pool:
     assert all(pool.map(hammer, range(8)))
 assert work(xs[1]) == expected[1]
-print(numba.threading_layer())
+print(threads._layer(), threads._helpers._number, len(threads._helpers.tasks))
 """
 
 
-@every_layer
-def test_eight_threads(layer: str) -> None:
+@every_engine
+def test_eight_threads(engine: str) -> None:
     """On arrays that they share, and on their own; at first they all find kernels to compile and threads to start."""
-    assert run_on(layer, THREADS, begin="") == layer
+    found = run_on(engine, THREADS, begin="")
+    assert found == ("unknown 3 0" if engine == "claims" else f"{engine} 0 0")  # helpers are everybody's
 
 
-@every_layer
-def test_one_layer_object_in_inference(layer: str) -> None:
+@every_engine
+def test_one_layer_object_in_inference(engine: str) -> None:
     code = """
 from concurrent.futures import ThreadPoolExecutor
 norms = [nn.BatchNorm(16).eval(), nn.LayerNorm(24), nn.GroupNorm(4, 16), nn.InstanceNorm(16), nn.RMSNorm(24)]
@@ -117,11 +101,12 @@ with ThreadPoolExecutor(8) as pool:
     assert all(pool.map(same, range(24)))
 print("ok")
 """
-    assert run_on(layer, code) == "ok"
+    assert run_on(engine, code) == "ok"
 
 
-@every_layer
-def test_within_another_parallel_region(layer: str) -> None:
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("engine", ["claims", "numba"])
+def test_within_another_parallel_region(engine: str, layer: str) -> None:
     """A prange of the user's own, whose threads call back into Python, and one that runs beside ours."""
     code = """
 from concurrent.futures import ThreadPoolExecutor
@@ -136,7 +121,8 @@ def region(n):
 assert work(xs[0]) == expected[0]
 region(4)
 assert found == expected, found
-if numba.threading_layer() != "workqueue":  # which aborts where two regions of Numba run at once, whosever they are
+# The workqueue layer aborts where two regions of Numba run at once, whosever they are.
+if numba.threading_layer() != "workqueue" or not threads.uses_numba():
     @numba.njit(parallel=True, nogil=True)
     def total(a):
         s = 0.0
@@ -150,7 +136,8 @@ if numba.threading_layer() != "workqueue":  # which aborts where two regions of 
         assert set(theirs.result()) == {float(1 << 20)}
 print("ok")
 """
-    assert run_on(layer, code) == "ok"
+    chosen = choosing(layer) | {"NUMBANORM_THREADS": engine}
+    assert run(PRELUDE + WATCHED + code, **chosen, NUMBA_NUM_THREADS="4") == "ok"
 
 
 EXECUTORS = {
@@ -187,12 +174,12 @@ found = asyncio.run(main())
 
 
 @pytest.mark.parametrize("how", EXECUTORS)
-@pytest.mark.parametrize("layer", ["omp", "workqueue"])
-def test_executors(layer: str, how: str) -> None:
+@pytest.mark.parametrize("engine", ["claims", "omp", "workqueue"])
+def test_executors(engine: str, how: str) -> None:
     pytest.importorskip(how.split()[0])
-    if layer == "omp" and not has_omp():
+    if engine == "omp" and not has_omp():
         pytest.skip("Numba has no OpenMP")
-    assert run_on(layer, EXECUTORS[how] + "assert found == expected, found\nprint('ok')") == "ok"
+    assert run_on(engine, EXECUTORS[how] + "assert found == expected, found\nprint('ok')") == "ok"
 
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -211,19 +198,19 @@ if __name__ == "__main__":
 """
 
 
-def run_script(layer: str, code: str, script: Path) -> str:
+def run_script(engine: str, code: str, script: Path) -> str:
     """Run code as `run_on` does, from a file: processes that are started afresh find its functions there."""
     script.write_text(PRELUDE + WATCHED + code)
     starter = f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
-    return run(starter, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2")
+    return run(starter, **choosing(engine), NUMBA_NUM_THREADS="2")
 
 
-@every_layer
+@every_engine
 @pytest.mark.parametrize("method", [pytest.param("fork", marks=needs_fork), "spawn", "forkserver"])
-def test_multiprocessing(layer: str, method: str, tmp_path: Path) -> None:
+def test_multiprocessing(engine: str, method: str, tmp_path: Path) -> None:
     if method == "forkserver" and not hasattr(os, "fork"):
         pytest.skip("needs fork")
-    assert run_script(layer, START.format(method=method), tmp_path / "script.py") == "ok"
+    assert run_script(engine, START.format(method=method), tmp_path / "script.py") == "ok"
 
 
 ASYNCIO = """
@@ -263,40 +250,50 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("how", NESTED)
-@pytest.mark.parametrize("layer", ["omp", "workqueue"])
-def test_executors_of_processes(layer: str, how: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["claims", "omp", "workqueue"])
+def test_executors_of_processes(engine: str, how: str, tmp_path: Path) -> None:
     """Event loops and schedulers that hand calls on to processes, which have threads of their own."""
     pytest.importorskip(how.split()[0])
-    if layer == "omp" and not has_omp():
+    if engine == "omp" and not has_omp():
         pytest.skip("Numba has no OpenMP")
     if how.endswith("forkserver") and not hasattr(os, "fork"):
         pytest.skip("needs fork")
-    assert run_script(layer, NESTED[how], tmp_path / "script.py") == "ok"
+    assert run_script(engine, NESTED[how], tmp_path / "script.py") == "ok"
 
 
-@every_layer
-@needs_fork
-def test_os_fork(layer: str) -> None:
-    """The child, and its own child; the parent goes on in parallel."""
-    code = """
-assert work(xs[0]) == expected[0]
-def forked(inner):
+FORK = """
+def forked(inner, usable):
     child = os.fork()
     if child == 0:
         try:
-            same = work(xs[1]) == expected[1] and (inner is None or inner(None) == 0)
+            same = work(xs[1]) == expected[1] and (inner is None or inner(None, usable) == 0)
+            same = same and threads.usable_threads() == usable
+            same = same and threads._helpers._number == (0 if threads.uses_numba() else usable - 1)
         except BaseException:
             same = False
         os._exit(0 if same else 3)
     return os.waitpid(child, 0)[1]
-print(forked(forked), work(xs[2]) == expected[2])
 """
-    assert run_on(layer, code) == "0 True"
 
 
-@every_layer
+@every_engine
 @needs_fork
-def test_fork_while_a_thread_is_in_a_kernel(layer: str) -> None:
+def test_os_fork(engine: str) -> None:
+    """The child, and its own child; the parent goes on in parallel. Numba's threads do not come back, helpers do."""
+    code = FORK + "print(forked(forked, 1 if threads.uses_numba() else 4), work(xs[2]) == expected[2])"
+    assert run_on(engine, code) == "0 True"
+
+
+@every_engine
+@needs_fork
+def test_os_fork_before_any_thread(engine: str) -> None:
+    code = FORK + "print(forked(None, 4), work(xs[2]) == expected[2], forked(None, 1 if threads.uses_numba() else 4))"
+    assert run_on(engine, code, begin="").splitlines()[-1] == "0 True 0"
+
+
+@every_engine
+@needs_fork
+def test_fork_while_a_thread_is_in_a_kernel(engine: str) -> None:
     """The child waits for nothing that this thread holds."""
     code = """
 import threading
@@ -306,23 +303,24 @@ def busy():
         nn.layer_norm(xs[0], 24)
 thread = threading.Thread(target=busy)
 thread.start()
+right = nn.layer_norm(xs[1], 24)
 statuses = set()
 for _ in range(20):
     child = os.fork()
     if child == 0:
-        os._exit(0 if nn.layer_norm(xs[1], 24).any() else 3)
+        os._exit(0 if all(np.array_equal(nn.layer_norm(xs[1], 24), right) for _ in range(3)) else 3)
     statuses.add(os.waitpid(child, 0)[1])
 stop.set()
 thread.join()
 print(statuses)
 """
-    assert run_on(layer, code).splitlines()[-1] == "{0}"  # after what TBB may have to say
+    assert run_on(engine, code).splitlines()[-1] == "{0}"  # after what TBB may have to say
 
 
 @pytest.mark.torch
 @needs_fork
-@every_layer
-def test_torch_data_loader(torch: object, layer: str) -> None:
+@every_engine
+def test_torch_data_loader(torch: object, engine: str) -> None:
     code = """
 import torch
 class Rows(torch.utils.data.Dataset):
@@ -336,10 +334,18 @@ found = torch.cat(list(loader)).numpy()
 assert found.tobytes() == np.concatenate([own[i % 4][None] for i in range(8)]).tobytes()
 print("ok")
 """
-    assert run_on(layer, code) == "ok"
+    assert run_on(engine, code) == "ok"
 
 
-def test_interrupts() -> None:
+LEFT_BEHIND = """
+def left_behind():
+    "Tell whether a lock is held or a call open, which none is now."
+    return threads._lock.locked() or threads._helpers.tasks
+"""
+
+
+@every_engine
+def test_interrupts(engine: str) -> None:
     """Ctrl-C again and again, wherever it comes: no lock is left behind, and the next call gives the same bits."""
     code = """
 import random, signal, threading, time
@@ -355,19 +361,169 @@ for _ in range(40):
     except KeyboardInterrupt:
         caught += 1
     timer.join()
-    assert not __import__("numbanorm.core.threads").core.threads._lock.locked()
+    assert not left_behind()
     assert work(xs[1]) == expected[1]
 print(caught)
 """
-    assert run_on("workqueue", code) == "40"
+    assert run_on(engine, LEFT_BEHIND + code) == "40"
+
+
+@every_engine
+def test_interrupts_of_a_large_call(engine: str) -> None:
+    """Once KeyboardInterrupt is there, nobody writes to `out` any more."""
+    code = """
+import random, signal, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+rnd = random.Random(0)
+x = data(0, (64, 32, 64, 64))
+right = nn.batch_norm(x, training=True)
+out = np.empty_like(x)
+for _ in range(30):
+    out[...] = 0
+    timer = threading.Timer(rnd.uniform(0.0, 0.03), signal.raise_signal, [signal.SIGINT])
+    try:
+        timer.start()
+        while True:
+            nn.batch_norm(x, training=True, out=out)
+    except KeyboardInterrupt:
+        seen = out.copy()
+    timer.join()
+    time.sleep(0.01)
+    assert np.array_equal(out, seen)
+    assert not left_behind()
+assert np.array_equal(nn.batch_norm(x, training=True, out=out), right)
+print("ok")
+"""
+    assert run_on(engine, LEFT_BEHIND + code) == "ok"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs timers that signal")
+@every_engine
+def test_handlers_of_signals_that_call_norms(engine: str) -> None:
+    """While the main thread is in a call itself."""
+    code = """
+import random, signal
+rnd = random.Random(0)
+calls = 0
+def handle(*_):
+    global calls
+    calls += 1
+    assert work(xs[1]) == expected[1]
+    signal.setitimer(signal.ITIMER_REAL, rnd.uniform(0.0001, 0.01))
+signal.signal(signal.SIGALRM, handle)
+signal.setitimer(signal.ITIMER_REAL, 0.001)
+while calls < 60:
+    assert work(xs[0]) == expected[0]
+signal.setitimer(signal.ITIMER_REAL, 0)
+assert not left_behind()
+print("ok")
+"""
+    assert run_on(engine, LEFT_BEHIND + code) == "ok"
+
+
+EXITS = {
+    "daemons at work": """
+import threading, time
+x = data(0, (64, 16, 64, 64))
+def busy():
+    while True:
+        nn.batch_norm(x, training=True)
+nn.batch_norm(x, training=True)
+for _ in range(3):
+    threading.Thread(target=busy, daemon=True).start()
+time.sleep(0.1)
+print("ok")
+""",
+    "a call at exit": """
+import atexit
+atexit.register(lambda: print("ok" if work(xs[1]) == expected[1] else "wrong"))
+""",
+    "the first large call at exit": """
+import atexit
+x = data(0, (64, 16, 64, 64))
+threads._helpers = threads._Helpers()
+atexit.register(lambda: print("ok" if nn.batch_norm(x, training=True).any() else "wrong"))
+""",
+    "interrupted": """
+import signal, threading
+signal.signal(signal.SIGINT, signal.default_int_handler)
+x = data(0, (64, 32, 64, 64))
+threading.Timer(0.05, signal.raise_signal, [signal.SIGINT]).start()
+try:
+    while True:
+        nn.batch_norm(x, training=True)
+except KeyboardInterrupt:
+    print("ok")
+    sys.exit(0)
+""",
+}
+
+
+@pytest.mark.parametrize("how", EXITS)
+@every_engine
+def test_exit(engine: str, how: str) -> None:
+    """Whoever is at work then."""
+    for _ in range(3):
+        assert run_on(engine, EXITS[how]).splitlines()[0] == "ok"
+
+
+FAILING = """
+from numba import prange
+from numbanorm.cpu.bound import FLOAT64_ADDRESS
+from numbanorm.cpu.claims import INT64, JOB, claim
+from numbanorm.cpu.dtypes import pointer, store
+from numbanorm.cpu.jit import Kernel, scalar
+UNITS = 200
+@scalar
+def units(job, y, bad):
+    unit = claim(job, np.int64(-1), np.int64(UNITS))
+    while unit < UNITS:
+        if unit == bad:
+            scratch = np.empty(1 << 50)
+            store(y, unit, scratch[unit])
+        s = 0.0
+        for i in range(20_000):
+            s += np.sqrt(i)
+        store(y, unit, s)
+        unit = claim(job, unit, np.int64(UNITS))
+@Kernel
+def failing(job, workers, geometry, y, bad):
+    p_job, p_y = pointer(job), pointer(y)
+    for _ in prange(workers):
+        units(p_job, p_y, bad)
+    return 0
+kinds = JOB, INT64, JOB, FLOAT64_ADDRESS, INT64
+entry, geometry, y = failing.bound(*kinds), np.zeros(1, np.int64), np.zeros(UNITS)
+def call(bad):
+    y[:] = 0
+    return engine.run_shared(entry, lambda: failing.bound(*kinds, parallel=True), 4, (geometry, y, bad))
+failed = 0
+for bad in range(0, UNITS, 5):
+    try:
+        call(bad)
+    except MemoryError:
+        failed += 1
+        seen = y.copy()
+        assert y[bad] == 0
+    assert np.array_equal(seen, y)
+    assert call(-1) == 0
+    assert y.all()
+print(failed)
+"""
+
+
+@every_engine
+def test_memory_runs_out_in_a_unit(engine: str) -> None:
+    """Whichever thread has claimed it: the caller raises MemoryError, nobody works on, and the next call is right."""
+    assert run_on(engine, FAILING) == "40"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS")
-def test_memory_runs_out() -> None:
+@pytest.mark.parametrize("engine", ["claims", "workqueue"])
+def test_memory_runs_out(engine: str) -> None:
     """An output too large: MemoryError, running statistics as they were, and the next call works."""
     code = """
 import resource
-nn.set_num_threads(1)
 norm, instance = nn.BatchNorm(64), nn.InstanceNorm(64, affine=True, track_running_stats=True)
 x = np.ones((64, 64, 64, 64), np.float32)
 norm(x[:2]), instance(x[:2])
@@ -387,7 +543,7 @@ assert after == before
 y = norm(x[:2])
 print(norm.num_batches_tracked, bool(np.isfinite(y).all()))
 """
-    assert run_on("workqueue", code) == "2 True"
+    assert run_on(engine, code) == "2 True"
 
 
 BITS = """
@@ -416,16 +572,16 @@ for name in ("float32", "float64", "bfloat16"):
 
 @pytest.fixture(scope="module")
 def bits() -> dict[str, str]:
-    """Return, by layer, the hashes of everything at 1, 2 and 4 threads."""
+    """Return, by engine, the hashes of everything at 1, 2 and 4 threads."""
     return {}
 
 
-@every_layer
-def test_same_bits(layer: str, bits: dict[str, str]) -> None:
-    """All functions on 1, 2 and 4 threads, and the same as under the layers before."""
+@every_engine
+def test_same_bits(engine: str, bits: dict[str, str]) -> None:
+    """All functions on 1, 2 and 4 threads, and the same as by the engines before."""
     pytest.importorskip("ml_dtypes")
-    bits[layer] = run_on(layer, BITS, begin="")  # kernels for all dtypes may have to be compiled
-    assert len(bits[layer].splitlines()) == 3
+    bits[engine] = run_on(engine, BITS, begin="")  # kernels for all dtypes may have to be compiled
+    assert len(bits[engine].splitlines()) == 3
     assert len(set(bits.values())) == 1
 
 
@@ -435,4 +591,5 @@ def test_tbb_of_pip_is_found() -> None:
     code = "import numpy as np, numba, numbanorm as nn; nn.layer_norm(np.ones((512, 512)), 512)"
     code += "\nprint(numba.threading_layer())"
     for asked in ("tbb", "forksafe"):
-        assert run(code, NUMBA_THREADING_LAYER=asked, NUMBA_NUM_THREADS="2") == "tbb"
+        own = {"NUMBANORM_THREADS": "", "NUMBA_THREADING_LAYER": asked, "NUMBA_NUM_THREADS": "2"}
+        assert run(code, **own) == "tbb"
