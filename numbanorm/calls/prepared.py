@@ -156,13 +156,7 @@ class Prepared(_Call):
         if out is not None:
             _check_out(out, {"x": x, "residual": residual, "weight": weight, "bias": bias, "mask": mask})
         if call.sum_first:
-            assert call.total is not None
-            total = new(call.total)  # in the order of memory in which statistics are read
-            with np.errstate(all="ignore"):
-                np.add(x, residual, out=total, dtype=self._dtype)
-            then = prepared_for(call.record.kind, self._options, total, weight, bias, mask, None, out)
-            y, stats, _ = then.run(total, weight, bias, eps, mask, None, out, keep)
-            return y, stats, total
+            return self._run_summed(x, residual, weight, bias, eps, mask, out, keep)
         if call.plan.size == 0:
             stats = np.zeros(self._stats_shape)
             stats[RSTD] = call.record.rstd(np.float64(0.0), 0, eps)
@@ -178,6 +172,19 @@ class Prepared(_Call):
         if total is not None and self._back is not None:
             total = total.transpose(self._back)
         return self._delivered(y, out), stats, total
+
+    def _run_summed(
+        self, x: Any, residual: Any, weight: Any, bias: Any, eps: float, mask: Any, out: Any, keep: bool
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Normalize the sum of input and residual, where the kernel cannot form it."""
+        call = self._call
+        assert call.total is not None
+        total = new(call.total)  # in the order of memory in which statistics are read
+        with np.errstate(all="ignore"):
+            np.add(x, residual, out=total, dtype=self._dtype)
+        then = prepared_for(call.record.kind, self._options, total, weight, bias, mask, None, out)
+        y, stats, _ = then.run(total, weight, bias, eps, mask, None, out, keep)
+        return y, stats, total
 
     def _look_closer(
         self, x: Any, weight: Any, bias: Any, eps: float, mask: Any, residual: Any, out: Any, keep: bool

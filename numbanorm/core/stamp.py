@@ -11,6 +11,6 @@ from pathlib import Path
 def stamp_of(folder: Path, *others: Path) -> str:
     """Return the hash of all modules of a folder, and of others, whose constants are part of what is compiled."""
     digest = sha256()
-    for path in (*sorted(folder.glob("*.py")), *others):
+    for path in (*sorted(folder.rglob("*.py")), *others):
         digest.update(path.read_bytes())
     return digest.hexdigest()

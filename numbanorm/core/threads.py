@@ -116,27 +116,33 @@ def serial() -> Iterator[None]:
 
 
 class Task:
-    """A launch that helpers may take part in, until it is closed.
+    """A launch that helpers may take part in while it is on offer.
+
+    An interrupt may come between any two steps of the caller's; what counts is counted by the helpers.
 
     Parameters
     ----------
     begin : callable
         Returns the launch as helpers do it: it keeps no array alive, since a helper may be held up for any time.
-    helpers : int
+    most : int
         How many may take part.
     """
 
-    __slots__ = ("_begin", "_kept", "_left", "_most", "_places", "_raised")
+    __slots__ = ("_begin", "_helpers", "_kept", "_left", "_most", "_places", "_raised")
 
-    # An interrupt may come between any two steps of the caller's: none of them, alone or again, may mislead it.
-
-    def __init__(self, begin: Callable[[], Callable[[], Any]], helpers: int) -> None:
+    def __init__(self, begin: Callable[[], Callable[[], Any]], most: int) -> None:
         self._begin: Any = begin
         self._kept: Any = begin
-        self._most = helpers
-        self._places = [None] * helpers
+        self._helpers = _helpers
+        self._most = most
+        self._places = [None] * most
         self._raised: list[BaseException | None] = []
         self._left: SimpleQueue[None] = SimpleQueue()
+
+    def offer(self) -> None:
+        """Call helpers."""
+        self._helpers.tasks.append(self)
+        self._helpers.call(self._most)
 
     def help(self) -> None:
         """Take part, if there is a place."""
@@ -173,16 +179,18 @@ class Task:
         """Let nobody in any more, once all units are done: whoever is inside finds none left, and reads no array."""
         self._begin = None
         self._kept = None
+        with suppress(ValueError):
+            self._helpers.tasks.remove(self)
 
     def abort(self) -> None:
         """Let nobody in any more, and wait until all have left: they write to arrays of the caller's."""
         self._begin = None
         while len(self._raised) < self._most - len(self._places):
             self._sleep()
-        self._kept = None
+        self.close()
 
     def _sleep(self) -> None:
-        if self not in _helpers.tasks:
+        if self._helpers is not _helpers:
             raise RuntimeError("a child process was forked within this call, and its helpers are not there")
         with suppress(Empty):
             self._left.get(timeout=0.05)
@@ -209,12 +217,14 @@ class _Helpers:
     def _start(self, number: int) -> None:
         """Start what is missing of so many; by no lock, which a signal's handler could not wait for."""
         while self._number < number:
-            self._number += 1
             try:
+                self._number += 1
                 threading.Thread(target=self._serve, name="numbanorm", daemon=True).start()
-            except RuntimeError:  # no more threads here, or the interpreter is at its end: the caller does all
+            except BaseException as error:
                 self._number -= 1
-                return
+                if isinstance(error, RuntimeError):  # no more threads, or the interpreter ends: the caller does all
+                    return
+                raise
 
     def _serve(self) -> None:
         try:
@@ -230,23 +240,6 @@ class _Helpers:
 
 
 _helpers = _Helpers()
-
-
-@contextmanager
-def helping(begin: Callable[[], Callable[[], Any]], helpers: int) -> Iterator[Task]:
-    """Offer a launch to helpers while the caller does it, too; see `Task`."""
-    task, board = Task(begin, helpers), _helpers.tasks
-    try:
-        board.append(task)
-        _helpers.call(helpers)
-        yield task
-        task.close()
-    except BaseException:
-        task.abort()
-        raise
-    finally:
-        with suppress(ValueError):
-            board.remove(task)
 
 
 def _prepare() -> None:

@@ -61,15 +61,18 @@ def run_shared(entry: Launch, parallel: Callable[[], Launch], count: int, argume
     if threads.uses_numba():
         return _run_on_numba(entry, parallel, count, job, arguments)
     await_units, address_of = _compiled()
-    with threads.helping(partial(_apart, address_of, entry, job, arguments), count - 1) as task:
-        try:
-            problem = entry(job, 1, *arguments)
-            if not problem:
-                while not await_units(job, _TURNS):
-                    task.wait()
-        except BaseException:
-            job[claims.NEXT] = claims.NONE_LEFT
-            raise
+    task = threads.Task(partial(_apart, address_of, entry, job, arguments), count - 1)
+    try:
+        task.offer()
+        problem = entry(job, 1, *arguments)
+        if not problem:
+            while not await_units(job, _TURNS):
+                task.wait()
+        task.close()
+    except BaseException:
+        job[claims.NEXT] = claims.NONE_LEFT
+        task.abort()
+        raise
     return problem
 
 

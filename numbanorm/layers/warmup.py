@@ -108,4 +108,5 @@ def _layer(norm: str, width: int = 64) -> Norm:
     record = NORMS[norm]
     lengths: Any = (2, _CHANNELS) if record.grouped else (_CHANNELS if record.by_channel else width,)
     affine = {"affine" if record.by_channel else "elementwise_affine": True}
-    return layer_of(norm)(*lengths, **affine)
+    make: Any = layer_of(norm)
+    return make(*lengths, **affine)  # type: ignore[no-any-return]
