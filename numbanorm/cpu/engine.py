@@ -21,6 +21,9 @@ from . import claims
 SHARE_FROM = 1 << 21
 """Elements from which a call is worth waking a helper for, which takes 50 to 150 us: about 300 us on one thread."""
 
+HELPERS = 8
+"""Helpers for so many elements, at most: each of them waits for Python's lock before it begins."""
+
 NUMBA_FROM = 1 << 17
 """Elements from which a launch on Numba's threads pays: about 60 us on one thread; a launch takes 2 to 10."""
 
@@ -35,7 +38,10 @@ def may_share(elements: int) -> bool:
 
 def threads_for(elements: int) -> int:
     """Return how many threads serve a call on so many elements here and now."""
-    return threads.usable_threads() if may_share(elements) else 1
+    if not may_share(elements):
+        return 1
+    usable = threads.usable_threads()
+    return usable if threads.uses_numba() else min(usable, 1 + elements * HELPERS // SHARE_FROM)
 
 
 def run_shared(entry: Launch, parallel: Callable[[], Launch], count: int, arguments: tuple[Any, ...]) -> Any:

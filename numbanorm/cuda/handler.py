@@ -22,33 +22,11 @@ from . import devices
 from .arrays import DeviceArray, check_apart_from_each_other, check_no_overlap
 from .arrays import share_memory as _share_memory
 from .copying import copy
-from .devices import describe
 from .libraries import library_of, read, read_beside
 from .memory import Span
 from .prepared import Inputs, PreparedBackward, prepared_backward, prepared_forward
 from .scratch import scratch_of
 from .transfer import span_to_host, to_device, to_host, to_memory_of
-
-__all__ = [
-    "Counter",
-    "OnStream",
-    "add_gradient",
-    "backward",
-    "beside",
-    "describe",
-    "device_name",
-    "device_of",
-    "empty",
-    "forward",
-    "moments",
-    "normalize",
-    "on_stream",
-    "partial_gradient",
-    "partial_sums",
-    "placed",
-    "shape_of",
-    "share_memory",
-]
 
 
 class Counter:
@@ -260,6 +238,9 @@ def on_stream(x: Any, stream: Any) -> OnStream:
 
 
 # --- layers
+
+
+describe = devices.describe
 
 
 def device_name(index: str | None) -> str:

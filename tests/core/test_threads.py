@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import numba
@@ -318,6 +321,17 @@ print(nn.get_num_threads())
         assert run(self.NUMBAS_OWN, **choosing(name)).split() == ["True", "1", "False", "1", "2", "2", "1"]
 
 
+    def test_a_call_wakes_no_more_helpers_than_it_has_work_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(kernel_threads, "_requested", 64)
+        monkeypatch.setattr(kernel_threads, "_chosen", "claims")
+        assert engine.threads_for(engine.SHARE_FROM - 1) == 1
+        assert engine.threads_for(engine.SHARE_FROM) == 1 + engine.HELPERS
+        assert engine.threads_for(engine.SHARE_FROM * 100) == 64
+        monkeypatch.setattr(kernel_threads, "_chosen", "numba")
+        assert engine.threads_for(engine.NUMBA_FROM - 1) == 1
+        assert engine.threads_for(engine.NUMBA_FROM) == 64
+
+
 class TestChoice:
     """Which engine: what the environment says when numbanorm is imported."""
 
@@ -400,6 +414,15 @@ def nothing() -> None:
 def fail(error: BaseException) -> None:
     """Raise an error."""
     raise error
+
+
+@contextmanager
+def offered(launch: Callable[[], Any], most: int) -> Iterator[kernel_threads.Task]:
+    """Offer a launch to so many helpers."""
+    task = kernel_threads.Task(lambda: launch, most)
+    task.offer()
+    yield task
+    task.close()
 
 
 def until(condition: Callable[[], bool]) -> bool:
@@ -567,13 +590,52 @@ class TestHelpers:
         time.sleep(0.1)
         assert y.sum() == 1
 
+    def test_an_interrupt_at_any_step_leaves_nobody_at_work(self, helpers: kernel_threads._Helpers) -> None:
+        """One call for each instruction of Python's between its start and its end, interrupted there."""
+        modules = {kernel_threads.__file__, engine.__file__}
+        steps = left = 0
+
+        def trace(frame: FrameType, event: str, argument: Any) -> Any:
+            nonlocal left
+            if frame.f_code.co_filename not in modules:
+                return None
+            frame.f_trace_opcodes = True
+            if event == "opcode":
+                left -= 1
+                if left == 0:
+                    raise KeyboardInterrupt
+            return trace
+
+        y = np.zeros(UNITS)
+        interrupted = True
+        before = sys.gettrace()
+        while interrupted:
+            steps += 1
+            left = steps
+            y[...] = 0
+            try:
+                sys.settrace(trace)
+                share(y, nothing, partial(time.sleep, 0.005))
+                interrupted = False
+            except KeyboardInterrupt:
+                sys.settrace(before)
+                seen = y.sum()
+            finally:
+                sys.settrace(before)
+            assert helpers.tasks == []
+            if interrupted:
+                time.sleep(0.01)
+                assert y.sum() == seen
+        assert (y == 1).all()
+        assert steps > 100
+
     def test_a_helper_that_dies_is_replaced(
         self, helpers: kernel_threads._Helpers, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(helpers, "_help", partial(fail, SystemExit()))
             patch.setattr(threading, "excepthook", lambda told: None)
-            with kernel_threads.helping(lambda: nothing, 1):
+            with offered(nothing, 1):
                 assert until(lambda: helpers._number == 0)
         y = np.zeros(UNITS)
         share(y, nothing, nothing)
@@ -592,7 +654,7 @@ class TestHelpers:
                 taken.append(1)
                 opened.wait(10)
 
-            with kernel_threads.helping(lambda: launch, most):
+            with offered(launch, most):
                 assert until(lambda: len(taken) == most)  # noqa: B023
                 helpers.call(3)
                 time.sleep(0.05)
@@ -609,11 +671,11 @@ class TestHelpers:
             order.append("first")
             opened.wait(10)
 
-        with kernel_threads.helping(lambda: first, 1):
+        with offered(first, 1):
             assert until(lambda: order == ["first"])
-            with kernel_threads.helping(lambda: lambda: order.append("closed"), 1):
+            with offered(lambda: order.append("closed"), 1):
                 pass
-            with kernel_threads.helping(lambda: done.set, 1):
+            with offered(done.set, 1):
                 opened.set()
                 assert done.wait(10)
         assert order == ["first"]
@@ -642,14 +704,15 @@ def fork(*_):
     children.append(os.fork())
 signal.signal(signal.SIGALRM, fork)
 try:
-    with threads.helping(lambda: launch, 1) as task:
-        started.wait()
-        signal.setitimer(signal.ITIMER_REAL, 0.01)
-        while not children:
-            task.wait()  # a handler forks in here, and the child comes back without the helper
-        over.set()
-        while children[0] == 0:
-            task.wait()
+    task = threads.Task(lambda: launch, 1)
+    task.offer()
+    started.wait()
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
+    while not children:
+        task.wait()  # a handler forks in here, and the child comes back without the helper
+    over.set()
+    while children[0] == 0:
+        task.wait()
 except RuntimeError as error:
     os._exit(7 if children == [0] and "forked" in str(error) else 8)
 print(os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]))
@@ -715,6 +778,7 @@ class TestCallers:
     PYTHON_THREADS = """
 import numpy as np, numbanorm as nn
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from numbanorm.cpu import engine
 engine.SHARE_FROM = engine.NUMBA_FROM
 nn.set_num_threads(2)

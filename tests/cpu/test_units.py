@@ -10,7 +10,7 @@ import pytest
 from placing import begin_at
 
 import numbanorm as nn
-from numbanorm.calls import quick
+from numbanorm.calls import memory
 from numbanorm.core import pool
 
 RNG = np.random.default_rng(11)
@@ -79,7 +79,7 @@ def test_backward_of_each_row_has_the_bits_that_it_has_alone(
     weight = RNG.standard_normal(size).astype(dtype)
     _, mean, rstd = nn.layer_norm(x, size, return_stats=True)
     alone = [nn.layer_norm_backward(dy[i], x[i], size, mean[i], rstd[i], weight) for i in range(rows)]
-    for module in (pool, quick):
+    for module in (pool, memory):
         monkeypatch.setattr(module, "SMALLEST", smallest)
     launch_with(ASKS_AHEAD=asks_ahead, STREAM_FROM=1 if stream else 1 << 30, BACKWARD_BYTES=1 << 14)
     dx, dweight, dbias = nn.layer_norm_backward(dy, x, size, mean, rstd, weight)

@@ -30,8 +30,6 @@ import numbanorm as nn
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")]
 
-MOST_FAILURES = 10
-
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -40,6 +38,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--first", type=int, default=0, help="number of the first call")
     parser.add_argument("--only", type=int, help="make this one call alone, in this process")
     parser.add_argument("--here", action="store_true", help="make the calls in this process")
+    parser.add_argument("--most", type=int, default=10, help="after how many failures to stop")
     parser.add_argument("--few-dtypes", action="store_true", help="four dtypes of thirteen: less to compile")
     parser.add_argument(
         "--shrunk", action="store_true", help="with NUMBA_DISABLE_JIT=1: chunks, tiles, blocks are small"
@@ -88,7 +87,7 @@ def work(given: argparse.Namespace) -> int:
             if not isinstance(error, WrongError) or given.only is not None:
                 traceback.print_exc()
             print(f"call {number} of seed {given.seed}: {error}\n", flush=True)
-            if failures == MOST_FAILURES:
+            if failures == given.most:
                 break
     seconds = time.perf_counter() - start
     for name, count in sorted(told.items()):

@@ -1,7 +1,11 @@
-"""The kernels' cache on disk: whatever is wrong with it, calls are right, at worst slower, with one warning."""
+"""The kernels' cache on disk: whatever is wrong with it, calls are right, at worst slower, with one warning.
+
+Nor does it serve code of other sources, or with other constants in it, than those that are there.
+"""
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -16,6 +20,7 @@ import pytest
 from processes import run
 
 import numbanorm
+from numbanorm.cpu import jit
 
 pytestmark = pytest.mark.slow
 
@@ -113,12 +118,18 @@ def test_damaged_files(cache: Path, suffix: str, damage: Callable[[Path], None],
 
 
 @pytest.fixture
-def read_only(tmp_path: Path) -> Path:
-    """Return a folder with a copy of the package whose ``__pycache__`` cannot be made: root may write anywhere else."""
+def site(tmp_path: Path) -> Path:
+    """Return a folder with a copy of the package."""
     home = Path(numbanorm.__file__).parent
-    copy = shutil.copytree(home, tmp_path / "site" / "numbanorm", ignore=shutil.ignore_patterns("__pycache__", "data"))
-    (Path(copy) / "cpu" / "__pycache__").write_bytes(b"")
+    shutil.copytree(home, tmp_path / "site" / "numbanorm", ignore=shutil.ignore_patterns("__pycache__", "data"))
     return tmp_path / "site"
+
+
+@pytest.fixture
+def read_only(site: Path) -> Path:
+    """Return one whose ``__pycache__`` cannot be made: root may write anywhere else."""
+    (site / "numbanorm" / "cpu" / "__pycache__").write_bytes(b"")
+    return site
 
 
 def test_read_only_install(read_only: Path, tmp_path: Path) -> None:
@@ -197,3 +208,46 @@ def test_cache_of_another_cpu(cache: Path) -> None:
     assert (other["compiled"], other["loaded"], other["warnings"]) == (1, 0, [])
     assert call(NUMBA_CACHE_DIR=cache)["loaded"] == 1
     assert call(NUMBA_CACHE_DIR=cache, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="")["loaded"] == 1
+
+
+def test_code_of_other_sources_is_not_loaded(site: Path, tmp_path: Path) -> None:
+    """Of constants neither: rows of statistics in another order, norms by other numbers; results are right."""
+    own = {"PYTHONPATH": site, "NUMBA_CACHE_DIR": tmp_path / "cache"}
+    assert call(**own)["compiled"] == 1
+    for module, *changes in (
+        ("core/plan.py", ("COUNT, MEAN, M2, RSTD = range(4)", "COUNT, RSTD, M2, MEAN = range(4)")),
+        (
+            "core/norms.py",
+            ('SCALES = ("std", "l2")', 'SCALES = ("l2", "std")'),
+            ("STD, L2 = SCALES", "L2, STD = SCALES"),
+        ),
+        ("core/dtypes.py", ('"""', '"""Another. ')),
+        ("cpu/sums.py", ('"""', '"""Another. ')),
+    ):
+        path = site / "numbanorm" / module
+        for old, new in changes:
+            assert old in path.read_text()
+            path.write_text(path.read_text().replace(old, new, 1))
+        changed = call(**own)
+        assert (changed["compiled"], changed["loaded"], changed["warnings"]) == (1, 0, []), module
+        assert call(**own)["loaded"] == 1
+
+
+def test_sources_that_no_kernel_takes_constants_from_do_not_count(site: Path, tmp_path: Path) -> None:
+    own = {"PYTHONPATH": site, "NUMBA_CACHE_DIR": tmp_path / "cache"}
+    assert call(**own)["compiled"] == 1
+    for module in ("core/pool.py", "core/threads.py", "calls/host.py"):
+        path = site / "numbanorm" / module
+        path.write_text(path.read_text().replace('"""', '"""Another. ', 1))
+    assert call(**own)["loaded"] == 1
+
+
+def test_all_modules_that_kernels_take_constants_from_count() -> None:
+    """Whatever a module with kernels imports from outside of its folder is part of its stamp, but types."""
+    home = Path(jit.__file__).parent
+    known = {path.relative_to(home.parent).with_suffix("").as_posix() for path in jit._CONSTANTS} | {"backend"}
+    for path in home.glob("*.py"):
+        imports = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        if any(node.module == "jit" for node in imports):
+            taken = {(node.module or "").replace(".", "/") for node in imports if node.level == 2}
+            assert taken <= known, path.name

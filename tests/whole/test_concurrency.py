@@ -119,6 +119,7 @@ def region(n):
         with numba.objmode():
             one(i)
 assert work(xs[0]) == expected[0]
+threads._prepare()  # pip's TBB, which Numba alone does not find
 region(4)
 assert found == expected, found
 # The workqueue layer aborts where two regions of Numba run at once, whosever they are.
