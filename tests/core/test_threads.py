@@ -320,7 +320,6 @@ print(nn.get_num_threads())
         """Whatever the engine; to ask starts no threads."""
         assert run(self.NUMBAS_OWN, **choosing(name)).split() == ["True", "1", "False", "1", "2", "2", "1"]
 
-
     def test_a_call_wakes_no_more_helpers_than_it_has_work_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kernel_threads, "_requested", 64)
         monkeypatch.setattr(kernel_threads, "_chosen", "claims")

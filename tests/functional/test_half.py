@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import reference
 from gradients import error_of_sum
-from half_results import CALLS, PATTERNS, load_all_as_lanes, results_that_no_cpu_rounds
+from half_results import CALLS, PATTERNS, load_all_as_lanes, records_of, results_that_no_cpu_rounds
 from numba import njit
 from processes import SUPPORT
 from reference import ARRANGEMENTS, LONG, normal
@@ -62,13 +62,13 @@ def store_all_as_lanes(values: np.ndarray, records: np.ndarray) -> None:
 def loaded(bits: np.ndarray, half: np.dtype[Any]) -> np.ndarray:
     """Convert as the kernels do."""
     out = np.empty(bits.shape, np.float32)
-    load_all(dtypes.kernel_view(bits.view(half)), out)
+    load_all(records_of(bits.view(half)), out)
     return out
 
 
 def stored(values: np.ndarray, half: np.dtype[Any]) -> np.ndarray:
     bits = np.empty(values.shape, np.uint16)
-    store_all(values, dtypes.kernel_view(bits.view(half)))
+    store_all(values, records_of(bits.view(half)))
     return bits
 
 
@@ -145,7 +145,7 @@ class TestConversions:
     def test_load_as_lanes(self, half: Any) -> None:
         """What sums read: vectors of halves."""
         whole, part = np.empty((2, 1 << 16))
-        load_all_as_lanes(dtypes.kernel_view(PATTERNS.view(half)), whole, part)
+        load_all_as_lanes(records_of(PATTERNS.view(half)), whole, part)
         with np.errstate(invalid="ignore"):
             exact = PATTERNS.view(half).astype(np.float64)
         np.testing.assert_array_equal(whole, exact)  # NaN equals NaN; a sum with zeros has no sign of -0
@@ -170,14 +170,14 @@ class TestConversions:
         values = np.concatenate([values, np.random.default_rng(1).permutation(values)])
         values = values[: len(values) // 64 * 64]
         bits = np.empty(values.shape, np.uint16)
-        store_all_as_lanes(values, dtypes.kernel_view(bits.view(half)))
+        store_all_as_lanes(values, records_of(bits.view(half)))
         same_half(bits, rounded(values, half))
 
     @pytest.mark.skipif(not dtypes.rounds_to_bfloat16(), reason="this CPU does not round to bfloat16 itself")
     def test_the_cpu_rounds_to_bfloat16(self) -> None:
         half = np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
         values = np.zeros(64, np.float32)
-        store_all_as_lanes(values, dtypes.kernel_view(np.empty(64, half)))
+        store_all_as_lanes(values, records_of(np.empty(64, half)))
         assert any("vcvtne2ps2bf16" in code for code in store_all_as_lanes.inspect_asm().values())
 
     def test_float16_by_integer_arithmetic(self) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 from numba import njit
 
 import numbanorm as nn
-from numbanorm.cpu import dtypes, lanes
+from numbanorm.core.dtypes import HALF_RECORDS
+from numbanorm.cpu import lanes
 
 PATTERNS = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16)
 
@@ -22,6 +23,11 @@ CALLS: dict[str, Callable[[np.ndarray], Any]] = {
     "layer, channels": lambda x: nn.layer_norm(x, x.shape[1], axis=1),
     "rms": lambda x: nn.rms_norm(x, x.shape[-1]),
 }
+
+
+def records_of(halves: np.ndarray) -> np.ndarray:
+    """Return an array in half precision as the records that kernels take its elements for."""
+    return halves.view(HALF_RECORDS[halves.dtype.name])
 
 
 @njit
@@ -43,7 +49,7 @@ def results_that_no_cpu_rounds() -> dict[str, np.ndarray]:
     mean, var = np.zeros(64), np.exp2(np.arange(64) % 5)
     small = np.random.default_rng(0).integers(-2, 3, (16, 64, 32)).astype(np.float16)
     whole, part = np.empty((2, 1 << 16))
-    load_all_as_lanes(dtypes.kernel_view(PATTERNS.view(np.float16)), whole, part)
+    load_all_as_lanes(records_of(PATTERNS.view(np.float16)), whole, part)
     results = {"whole lanes": whole, "parts of lanes": part, "every pattern": nn.batch_norm(every, mean, var, eps=0.0)}
     for name, call in CALLS.items():
         results[name] = call(small)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import pkgutil
 import threading
 import types
+import weakref
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -25,7 +26,7 @@ from numba.core.extending import _Intrinsic
 import numbanorm.cpu
 from numbanorm.calls import host
 from numbanorm.core.dtypes import format_of
-from numbanorm.cpu import jit, launch
+from numbanorm.cpu import claims, jit, launch
 from numbanorm.cpu.address import Address, address_type
 from numbanorm.cpu.lanes import LINE, WIDTHS
 
@@ -84,8 +85,36 @@ class Place:
 
     def address(self, index: int = 0) -> int:
         """Return where an element lies."""
-        start: int = self.memory.__array_interface__["data"][0]
-        return start + (self.first + int(index)) * self.memory.itemsize
+        return _address(self.memory) + (self.first + int(index)) * self.memory.itemsize
+
+
+class Lost(Place):
+    """An address whose array is gone: a helper that comes late may hold it, but must not look there.
+
+    Parameters
+    ----------
+    address : int
+        The address.
+    """
+
+    __slots__ = ("_address",)
+
+    def __init__(self, address: int) -> None:
+        super().__init__(np.empty(0), 0)
+        self._address = address
+
+    def window(self, index: int, count: int) -> np.ndarray:
+        """Raise."""
+        raise IndexError(f"{count} elements from {index} on lie in an array that is gone")
+
+    def address(self, index: int = 0) -> int:
+        """Return the address, without which `clash` could not be asked."""
+        return self._address
+
+
+def _address(array: np.ndarray) -> int:
+    start: int = array.__array_interface__["data"][0]
+    return start
 
 
 def _lane_dtype(place: Place) -> np.dtype[Any]:
@@ -209,7 +238,7 @@ class StandIns:
 
     @staticmethod
     def pointer(array: Any) -> Any:
-        return None if array is None else Place.of(array)
+        return array if array is None or isinstance(array, Place) else Place.of(array)
 
     @staticmethod
     def record(array: Place) -> types.SimpleNamespace:
@@ -266,12 +295,30 @@ class StandIns:
         return _lane_dtype(array).type(value)
 
 
+_SEEN: dict[tuple[int, Any], weakref.ref[np.ndarray]] = {}
+"""Arrays whose addresses were asked for, by address and type: what an address stands for that comes instead of one."""
+
+
+def _address_of(array: np.ndarray) -> int:
+    """Return the address of an array, and remember whose it is; stands in for `claims.address_of`."""
+    _SEEN[_address(array), _address_type(array.dtype)] = weakref.ref(array)
+    return _address(array)
+
+
+def _placed(kind: Any, value: Any) -> Any:
+    """Return an argument; in the place of a bare address what is known of the memory there."""
+    if not isinstance(kind, Address) or not isinstance(value, np.intp):
+        return value
+    array = _SEEN[int(value), kind]()
+    return Lost(int(value)) if array is None else Place.of(array)
+
+
 def _fits(kind: Any, value: Any) -> bool:
     """Tell whether compiled code may take an argument as one of a type: it looks at no array before it reads it."""
     if kind == numba.none:
         return value is None
     if isinstance(kind, Address):
-        return isinstance(value, np.ndarray) and _address_type(value.dtype) == kind
+        return isinstance(value, Place) or (isinstance(value, np.ndarray) and _address_type(value.dtype) == kind)
     if kind == numba.boolean:
         return isinstance(value, (bool, np.bool_))
     if kind == numba.int64:
@@ -285,15 +332,18 @@ def _address_type(dtype: np.dtype[Any]) -> Any:
 
 def _bound(kernel: jit.Kernel, *signature: Any, parallel: bool = False) -> Callable[..., Any]:
     """Return what calls a kernel as the plain function that it is; stands in for `Kernel.bound`."""
-    function = kernel._function
+    function: Callable[..., Any] = kernel._function
+    if kernel is claims.address_of:
+        return _address_of
 
     def run(*arguments: Any) -> Any:
-        for kind, value in zip(signature, arguments, strict=True):
+        places = [_placed(kind, value) for kind, value in zip(signature, arguments, strict=True)]
+        for kind, value in zip(signature, places, strict=True):
             if not _fits(kind, value):
                 shown = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else repr(value)
                 raise TypeError(f"{function.__module__}.{function.__name__} was bound for {kind}, and got {shown}")
         with np.errstate(all="ignore"):  # compiled code tells nothing of overflow
-            return function(*arguments)
+            return function(*places)
 
     return run
 
