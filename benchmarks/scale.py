@@ -142,7 +142,7 @@ def store(y: Any, target: Path) -> None:
 
 
 def ours_statistics(path: Path) -> Any:
-    from numbanorm.files import apply as files
+    from numbanorm import files
 
     moments = files.stats(path, 0)
     return moments.mean, moments.var()
@@ -150,7 +150,7 @@ def ours_statistics(path: Path) -> Any:
 
 def ours(norm: str) -> Callable[[Path, Path], None]:
     def run(path: Path, target: Path) -> None:
-        from numbanorm.files import apply as files
+        from numbanorm import files
 
         files.apply(path, target, norm)
 

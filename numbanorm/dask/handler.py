@@ -84,9 +84,10 @@ def _tracking(call: Call, eps: float, mean: np.ndarray, var: np.ndarray, request
     parts = call.parts().compute()
     stats = call.statistics(da.from_array(parts, chunks=-1), eps)
     y = call.apply(stats, bound=False)
-    running.move(mean, var, parts["count"], parts["mean"], parts["m2"], share)
     counted = batches is not None and bool(np.any(parts["count"]))
-    return Outcome(y, None, stats, stats, batches + 1 if counted else batches)
+    outcome = Outcome(y, None, stats, stats, batches + 1 if counted else batches)
+    running.move(mean, var, parts["count"], parts["mean"], parts["m2"], share)  # last: nothing after it may fail
+    return outcome
 
 
 def _running(request: Request, channels: int) -> tuple[np.ndarray, np.ndarray] | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import interpreter
 import numpy as np
 import pytest
 from check import WrongError, check, draw, make_arena
@@ -181,6 +182,31 @@ class TestTheFuzzerSees:
             assert isinstance(owner, memoryview)
             assert isinstance(owner.obj, mmap.mmap)
             assert np.isfinite(result).all()
+
+    @pytest.mark.parametrize("turned", [slice(None), slice(None, None, -1)])
+    def test_reads_and_writes_beyond_an_array(self, turned: slice) -> None:
+        """What the interpreter takes for an address leads to the memory of its array, and no further."""
+        wide = np.arange(24.0).reshape(4, 6)
+        part = wide[turned, 1:4]
+        place = interpreter.Place.of(part)
+        first, last = (-18, 2) if part[0, 0] > part[-1, 0] else (0, 20)
+        stand_ins = interpreter.StandIns
+        for row in range(4):
+            step = part.strides[0] // part.itemsize
+            assert list(place.window(row * step, 3)) == list(part[row])
+        for index in (first, last):
+            assert stand_ins.load(place, index) == place.window(index, 1)[0]
+            stand_ins.store(place, index, 7.0)
+            assert (part == 7).any()
+        for index in (first - 1, last + 1):
+            with pytest.raises(IndexError, match="lie outside"):
+                stand_ins.load(place, index)
+            with pytest.raises(IndexError, match="lie outside"):
+                stand_ins.store(stand_ins.shifted(place, index), 0, 7.0)
+        with pytest.raises(IndexError, match="lie outside"):
+            stand_ins.store_lanes(np.zeros(16), place, last - 14)
+        with pytest.raises(IndexError, match="is gone"):
+            stand_ins.load(interpreter.Lost(place.address()), 0)
 
     def test_names_of_empty(self) -> None:
         """No module has another name for `numpy.empty` than those that are replaced."""
