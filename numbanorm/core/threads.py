@@ -6,9 +6,9 @@ import ctypes
 import os
 import sys
 import threading
+from _queue import Empty, SimpleQueue  # `queue` has them, and takes milliseconds to import
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from queue import Empty, SimpleQueue
 from typing import Any
 
 import numba as _typed_numba
