@@ -399,11 +399,11 @@ def show(results: list[dict[str, Any]], tools: list[str]) -> None:
 
 def machine() -> dict[str, str]:
     """Return what the figures hold for."""
-    import numbanorm as nn
+    from numbanorm.calls.config import config
 
     with open("/proc/meminfo") as file:
         memory = int(file.readline().split()[1]) / 1e6
-    found = {"processor": nn.config.config()["processor"], "memory": f"{memory:.0f} GB"}
+    found = {"processor": config()["processor"], "memory": f"{memory:.0f} GB"}
     for package in ("numba", "numpy", "dask", "scikit-learn", "dask-ml"):
         try:
             found[package] = metadata.version(package)

@@ -77,11 +77,12 @@ class _Whole:
     def alone(self, count: np.ndarray) -> Launch:
         """Return the launch on one thread where one count serves all groups."""
         kernel, shape, one = self._kernel.alone, self._shape, self._work.one
+        unmasked = self._work.mask is NONE  # as where statistics are given: callers' masks mean nothing then
 
         def launch(dy: Any, x: Any, dx: Any, mask: Any, weight: Any, mean: Any, rstd: Any, gradients: Any) -> Any:
             w = one if weight is None else weight
             m = _NO_MEAN if mean is None else mean
-            return kernel(dy, x, dx, mask, w, count, m, rstd, np.empty(shape), gradients)
+            return kernel(dy, x, dx, None if unmasked else mask, w, count, m, rstd, np.empty(shape), gradients)
 
         return launch
 

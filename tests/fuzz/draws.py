@@ -464,7 +464,7 @@ class Maker:
         options.pop("running_var")
         options.pop("use_input_stats", None)
         rstd = np.asarray(judge.rstd, np.float64).reshape(mean.shape)
-        arguments = {"x": x, **options, "training": False, "mean": mean, "weight": weight}
+        arguments = {"x": x, **options, "training": False, "mean": mean, "weight": weight, "mask": self.mask(x.shape)}
         arguments["rstd"] = self.place(np.dtype(np.float64), rstd.shape, rstd)
         return self.gradients(arguments, judge, weight, True)
 

@@ -270,8 +270,9 @@ class Judge:
         allowed = allowed + 2 * LEAST[self.lane] * (1 + self.rstd) * gain
         allowed = np.where(np.isfinite(allowed), allowed, 0)
         judged = ~(np.isfinite(h) & (np.abs(h) >= RANGE[self.lane]))  # what does not count may be beyond all bounds
-        # Inf times what may round to 0 may be NaN.
-        judged &= ~(np.isinf(gain) & (np.abs(h) <= 4 * self.slack() + 2 * LEAST[self.lane] * (1 + self.rstd)))
+        # Inf times what may round to 0 may be NaN; what it multiplies is told from 0 by the mean as one lane holds it.
+        held = LONG(np.finfo(self.lane).eps) * np.maximum(self._largest(self.x), np.abs(self.mean)) * self.rstd
+        judged &= ~(np.isinf(gain) & (np.abs(h) <= held + 4 * self.slack() + 2 * LEAST[self.lane] * (1 + self.rstd)))
         back = self.view.back
         return Result("y", back(y), self.dtype, back(np.broadcast_to(allowed, y.shape)), back(judged))
 
