@@ -50,7 +50,7 @@ class PreparedBackward:
 
     def run(self, dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, mask: Any) -> tuple[np.ndarray, ...]:
         """Return dx, dweight and, where the norm has a bias, dbias."""
-        call, output = self._call, self._output
+        call, output, given = self._call, self._output, (dy, x, mean, rstd, weight, mask)
         if not self._plain:
             dy, x, mask, weight, mean, rstd = self._pack(dy, x, mask, weight, mean, rstd)
         dx = POOL.empty(output.shape, output.dtype, x, dy) if output.pooled else _empty(output.shape, output.dtype)
@@ -58,15 +58,15 @@ class PreparedBackward:
         if self._launch is None:
             gradients[...] = 0.0
         elif self._launch(dy, x, dx, mask, weight, mean, rstd, gradients):
-            dy, x, weight = aligned(dy), aligned(x), aligned(weight)
-            arrays = (dy, x, mean, rstd, weight, mask)
+            dy, x, mean, rstd, weight, mask = given  # packed, a weight would lend its gradient another dtype
+            arrays: Any = (aligned(dy), aligned(x), mean, rstd, aligned(weight), mask)
             return prepared_backward_for(call.record.kind, self._options, *arrays, fixed=self._fixed).run(*arrays)
         if output.back is not None:
             dx = dx.transpose(output.back)
         if self._plain:
             if len(self._shape) != 1:
                 gradients = gradients.reshape(2, *self._shape)
-            return (dx, gradients[0], gradients[1]) if self._rows == 2 else (dx, gradients[0])
+            return (dx, gradients[0, ...], gradients[1, ...]) if self._rows == 2 else (dx, gradients[0, ...])
         if call.deliver is not None:
             packed_dx, dx = dx, new(call.deliver)
             np.copyto(dx, packed_dx)

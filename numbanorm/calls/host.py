@@ -239,6 +239,11 @@ def are_integers(options: tuple[Any, Any]) -> bool:
     )
 
 
+def _are_same(arrays: tuple[Any, ...], given: tuple[Any, ...]) -> bool:
+    """Tell whether the arrays are those of the caller, none converted: then what serves them may be remembered."""
+    return all(array is own for array, own in zip(arrays, given, strict=True))
+
+
 def keep(key: Any, prepared: Any) -> None:
     """Remember what serves a call; what cannot be a key is not."""
     if len(_PREPARED) >= MOST_PREPARED:
@@ -285,7 +290,8 @@ def serve(request: Request, stream: Any = None, key: Any = None) -> Outcome:
         batches = batches + 1 if counted else batches
     else:
         y, stats, total = prepared.run(x, weight, bias, eps, mask, residual, out, request.keep)
-    if key is not None and type(request.x) is _ndarray and x is request.x:
+    given = request.x, request.weight, request.bias, request.residual
+    if key is not None and type(request.x) is _ndarray and _are_same((x, weight, bias, residual), given):
         keep(key, prepared)
     back = way_back(request.x)
     y = y if request.out is None else request.out
@@ -369,7 +375,7 @@ def _serve_backward(
     norm = of_running_statistics(norm) if fixed else norm
     prepared = prepared_backward_for(norm, own, *arrays, fixed=fixed)
     results = prepared.run(*arrays)
-    if type(x) is _ndarray and source is x:
+    if type(x) is _ndarray and _are_same(arrays[:-1], (dy, x, mean if record.centred else None, rstd, weight)):
         keep(key, prepared)
     back: Callable[[Any], Any] | None = way_back(x)
     return results if back is None else tuple(map(back, results))

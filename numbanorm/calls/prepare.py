@@ -144,7 +144,7 @@ def backward(
     check.check_statistic(rstd, "rstd", layout)
     converted = Reading(dy, given, work.y)
     read_dy = _array(dy, work.y, work, result) if same or work.y is None else converted
-    kind = lane if weight is None else weight.dtype.newbyteorder("=")
+    kind = lane if weight is None else weight.dtype
     gradient = contiguous(layout.affine_shape, kind)
     packed: ArraySpec | None = None
     if kind != lane or layout.affine_order is not None:

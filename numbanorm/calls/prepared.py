@@ -86,7 +86,7 @@ class _Call:
             layout = self._call.plan.layout
             return tuple([public_statistic(stats[row], layout) for row in self._rows])
         shaped = stats.reshape(self._stats_of)
-        return tuple([shaped[row] for row in self._rows])
+        return tuple([shaped[row, ...] for row in self._rows])
 
     def results(self, y: Any, stats: Any, total: Any, return_stats: bool) -> Any:
         """Return what the functions return."""

@@ -214,12 +214,21 @@ class Maker:
     def chance(self, share: float) -> bool:
         return self.rnd.random() < share
 
-    def place(self, dtype: np.dtype[Any], lengths: tuple[int, ...], values: Any, *, target: bool = False) -> np.ndarray:
-        """Return an array of these values somewhere in memory."""
+    def place(
+        self,
+        dtype: np.dtype[Any],
+        lengths: tuple[int, ...],
+        values: Any,
+        *,
+        target: bool = False,
+        strides: tuple[int, ...] | None = None,
+    ) -> np.ndarray:
+        """Return an array of these values somewhere in memory, with strides of its own unless some are given."""
         rnd = self.rnd
-        if dtype.itemsize > 1 and dtype != BFLOAT16 and not target and self.chance(0.08):
-            dtype = dtype.newbyteorder()
-        strides = strides_of(rnd, lengths, dtype.itemsize, shared=not target)
+        if strides is None:
+            if dtype.itemsize > 1 and dtype != BFLOAT16 and not target and self.chance(0.08):
+                dtype = dtype.newbyteorder()
+            strides = strides_of(rnd, lengths, dtype.itemsize, shared=not target)
         how = Shape.of(lengths, strides, dtype.itemsize)
         if how.span > SPREAD:
             how = Shape.of(
@@ -237,8 +246,17 @@ class Maker:
                 placed.array.setflags(write=False)
         return placed.array
 
-    def input(self, dtype: np.dtype[Any], lengths: tuple[int, ...]) -> np.ndarray:
-        return self.place(dtype, lengths, values_of(self.rnd, self.gen, dtype, lengths))
+    def input(
+        self, dtype: np.dtype[Any], lengths: tuple[int, ...], strides: tuple[int, ...] | None = None
+    ) -> np.ndarray:
+        return self.place(dtype, lengths, values_of(self.rnd, self.gen, dtype, lengths), strides=strides)
+
+    def residual(self, x: np.ndarray) -> np.ndarray | None:
+        """Draw what is added to an input, or nothing; half of them lie as it does."""
+        if not self.chance(0.25):
+            return None
+        alike = x.strides if x.dtype.isnative and self.chance(0.5) else None
+        return self.input(x.dtype.newbyteorder("="), x.shape, alike)
 
     def parameter(self, lengths: tuple[int, ...], share: float = 0.6) -> np.ndarray | None:
         """Draw a weight or bias of any float dtype, or none."""
@@ -360,7 +378,7 @@ class Maker:
         if backward:
             return self.backward(x, view, options, weight, mask, eps)
         bias = self.parameter(shape) if record.bias else None
-        residual = self.input(x.dtype.newbyteorder("="), x.shape) if self.chance(0.25) else None
+        residual = self.residual(x)
         dtype = result_dtype(x.dtype)
         source = native(x)
         if residual is not None:

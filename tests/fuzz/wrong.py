@@ -94,7 +94,16 @@ def _spoil_output(r: Random, case: Case, out: np.ndarray) -> tuple[Any, tuple[st
     turned = isinstance(x, np.ndarray) and x.size > 1 and x.dtype == dtype and x.dtype.isnative
     if turned and x.flags.carray and max(shape) > 1:
         kinds.append(lambda: x[tuple(slice(None, None, -1) for _ in shape)])
+        kinds += [lambda: _beside(case, x)] * 4
     return r.choice(kinds)(), ("out",)
+
+
+def _beside(case: Case, x: np.ndarray) -> np.ndarray:
+    """Return an array that lies as `x` does, but an element further on, or before."""
+    memory = next(placed.region.bytes for placed in (*case.inputs, *case.targets) if placed.array is x)
+    at = x.__array_interface__["data"][0] - memory.__array_interface__["data"][0]
+    at += x.itemsize if at + x.nbytes + x.itemsize <= memory.size else -x.itemsize
+    return np.ndarray(x.shape, x.dtype, memory, at)
 
 
 def _read_only(array: np.ndarray) -> np.ndarray:
