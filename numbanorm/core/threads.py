@@ -1,4 +1,4 @@
-"""How many threads the kernels use, when they must not use any, and the helpers that wait for work."""
+"""How many threads the kernels use, when they must not use any, and what has to be done before Numba's are used."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import ctypes
 import os
 import sys
 import threading
-from _queue import Empty, SimpleQueue  # `queue` has them, and takes milliseconds to import
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -19,7 +18,15 @@ _parallel: Any = _typed_parallel
 _requested: int | None = None
 _forked = False
 _lock = threading.Lock()
-_here = threading.local()
+
+
+class _Here(threading.local):
+    """What holds for one Python thread: whether the kernels that it calls stay on it."""
+
+    serial = False
+
+
+_here = _Here()
 _started = False
 
 ENGINES = ("claims", "numba")
@@ -97,7 +104,7 @@ def usable_threads() -> int:
     1 under `serial`, in a thread that Python did not start, as those of a parallel region are, and, for Numba's
     threads, in a child that was forked after these had started.
     """
-    if getattr(_here, "serial", False) or isinstance(threading.current_thread(), threading._DummyThread):
+    if _here.serial or isinstance(threading.current_thread(), threading._DummyThread):
         return 1
     if _forked and uses_numba():
         return 1
@@ -107,139 +114,12 @@ def usable_threads() -> int:
 @contextmanager
 def serial() -> Iterator[None]:
     """Keep the kernels that this Python thread calls on one thread: something else runs many such calls at once."""
-    before = getattr(_here, "serial", False)
+    before = _here.serial
     _here.serial = True
     try:
         yield
     finally:
         _here.serial = before
-
-
-class Task:
-    """A launch that helpers may take part in while it is on offer.
-
-    An interrupt may come between any two steps of the caller's; what counts is counted by the helpers.
-
-    Parameters
-    ----------
-    begin : callable
-        Returns the launch as helpers do it: it keeps no array alive, since a helper may be held up for any time.
-    most : int
-        How many may take part.
-    """
-
-    __slots__ = ("_begin", "_helpers", "_kept", "_left", "_most", "_places", "_raised")
-
-    def __init__(self, begin: Callable[[], Callable[[], Any]], most: int) -> None:
-        self._begin: Any = begin
-        self._kept: Any = begin
-        self._helpers = _helpers
-        self._most = most
-        self._places = [None] * most
-        self._raised: list[BaseException | None] = []
-        self._left: SimpleQueue[None] = SimpleQueue()
-
-    def offer(self) -> None:
-        """Call helpers."""
-        self._helpers.tasks.append(self)
-        self._helpers.call(self._most)
-
-    def help(self) -> None:
-        """Take part, if there is a place."""
-        try:
-            self._places.pop()
-        except IndexError:
-            return
-        try:
-            begin = self._begin
-            if begin is not None:
-                launch = begin()
-                del begin
-                launch()
-        except BaseException as error:  # memory may run out; whoever waits must hear of it
-            self._raised.append(error)
-        else:
-            self._raised.append(None)
-        self._left.put(None)
-
-    def wait(self) -> None:
-        """Wait until a helper has left, for a while.
-
-        Raises
-        ------
-        BaseException
-            What a helper raised: units that it has claimed will never be done.
-        """
-        self._sleep()
-        for error in self._raised:
-            if error is not None:
-                raise error
-
-    def close(self) -> None:
-        """Let nobody in any more, once all units are done: whoever is inside finds none left, and reads no array."""
-        self._begin = None
-        self._kept = None
-        with suppress(ValueError):
-            self._helpers.tasks.remove(self)
-
-    def abort(self) -> None:
-        """Let nobody in any more, and wait until all have left: they write to arrays of the caller's."""
-        self._begin = None
-        while len(self._raised) < self._most - len(self._places):
-            self._sleep()
-        self.close()
-
-    def _sleep(self) -> None:
-        if self._helpers is not _helpers:
-            raise RuntimeError("a child process was forked within this call, and its helpers are not there")
-        with suppress(Empty):
-            self._left.get(timeout=0.05)
-
-
-class _Helpers:
-    """Threads that wait for calls, and take part in whatever is open then.
-
-    They are started when they are first called, and anew in a forked child.
-    """
-
-    def __init__(self) -> None:
-        self.tasks: list[Task] = []
-        self._calls: SimpleQueue[None] = SimpleQueue()
-        self._number = 0
-
-    def call(self, number: int) -> None:
-        """Wake so many, unless they are on their way."""
-        if self._number < number:
-            self._start(number)
-        for _ in range(number - self._calls.qsize()):
-            self._calls.put(None)
-
-    def _start(self, number: int) -> None:
-        """Start what is missing of so many; by no lock, which a signal's handler could not wait for."""
-        while self._number < number:
-            try:
-                self._number += 1
-                threading.Thread(target=self._serve, name="numbanorm", daemon=True).start()
-            except BaseException as error:
-                self._number -= 1
-                if isinstance(error, RuntimeError):  # no more threads, or the interpreter ends: the caller does all
-                    return
-                raise
-
-    def _serve(self) -> None:
-        try:
-            while True:
-                self._calls.get()
-                self._help()
-        finally:
-            self._number -= 1  # whatever it died of: the next call starts another one
-
-    def _help(self) -> None:
-        for task in tuple(self.tasks):
-            task.help()
-
-
-_helpers = _Helpers()
 
 
 def _prepare() -> None:
@@ -285,9 +165,8 @@ def _layer() -> str:
 def _after_fork() -> None:
     # OpenMP's threads do not survive a fork: a parallel kernel in the child would end it by SIGTERM. `_lock` may have
     # been held by another thread just then, and stays locked: launches take no lock in such a child.
-    global _forked, _helpers
+    global _forked
     _forked = _forked or _started or _layer() != "unknown"
-    _helpers = _Helpers()
 
 
 if hasattr(os, "register_at_fork"):

@@ -18,7 +18,7 @@ from .address import address_type
 from .backward import prepare_backward, prepare_partial_gradient, prepare_partial_sums
 from .bound import BOOL, FLOAT64, FLOAT64_ADDRESS, GEOMETRY_ADDRESS, INT64, NONE, Bound, Kinds
 from .convert import converter
-from .engine import may_share, threads_for
+from .engine import may_share, on_threads
 from .launch import by_row, geometry_of_forward, tiles_of, variants
 from .moments import ChunkMoments
 
@@ -53,13 +53,10 @@ def prepare_forward(call: Forward) -> Launch:
     units = tiles_of(geometry) if plan.columns else plan.layout.groups
     split = _Split(call, geometry)
 
-    def launch(*arguments: Any) -> Any:
-        threads = threads_for(plan.size)
-        if threads == 1 or units >= threads:
-            return fused.on(threads, *arguments)
-        return split(threads, *arguments)
+    def run(threads: int, *arguments: Any) -> Any:
+        return (fused.on if threads == 1 or units >= threads else split)(threads, *arguments)
 
-    return launch
+    return on_threads(plan.size, run)
 
 
 class _Split:
@@ -115,14 +112,13 @@ def prepare_apply(call: Forward, mean: np.dtype[Any] | None = None, var: np.dtyp
     if not may_share(plan.size):
         return apply.alone
 
-    def launch(x: Any, y: Any, weight: Any, bias: Any, mean: Any, var: Any, stats: Any, eps: float) -> Any:
-        threads = threads_for(plan.size)
+    def run(threads: int, x: Any, y: Any, weight: Any, bias: Any, mean: Any, var: Any, stats: Any, eps: float) -> Any:
         if threads > 1 and mean is not None:
             fill = running.given.bound(*given, FLOAT64_ADDRESS, INT64, FLOAT64)
             fill(mean, var, stats, plan.layout.groups, eps)
         return apply.on(threads, x, y, weight, bias, mean, var, stats, eps)
 
-    return launch
+    return on_threads(plan.size, run)
 
 
 def prepare_running(call: Forward, mean: np.dtype[Any], var: np.dtype[Any]) -> Launch:
@@ -151,10 +147,10 @@ def prepare_statistics(call: Forward) -> Launch:
     moments = ChunkMoments(plan, geometry_of_forward(call), kinds.x, kinds.mask, kinds.lane)
     weight = _one(call.form.lane)
 
-    def launch(x: Any, mask: Any, stats: Any) -> Any:
-        return moments(threads_for(plan.size), x, mask, weight, stats, 0.0)
+    def run(threads: int, x: Any, mask: Any, stats: Any) -> Any:
+        return moments(threads, x, mask, weight, stats, 0.0)
 
-    return launch
+    return on_threads(plan.size, run)
 
 
 def prepare_widening(source: np.dtype[Any], target: np.dtype[Any]) -> Launch | None:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from copy import copy
 from functools import cache, cached_property
+from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from numba.core.types import Function
 from numba.core.untyped_passes import InlineClosureLikes
 
 from ..core.stamp import stamp_of
+from .board import add_launch, add_task
 
 
 class _Part(JITCodeLibrary):
@@ -112,6 +114,27 @@ class _PartCompiler(Compiler):
         return [passes]
 
 
+class _SharingCompiler(Compiler):
+    """Numba's compiler, for kernels that take a job: several threads may do one call, see `board`."""
+
+    def define_pipelines(self) -> Any:
+        target = self.state.targetctx
+        # The loops that Numba's threads run are compiled for the same target.
+        name = self.state.func_id.unique_name
+
+        def add_entry(library: Any, fndesc: Any, *more: Any, **options: Any) -> None:
+            add = add_launch if fndesc.unique_name == name else type(target).create_cpython_wrapper
+            add(target, library, fndesc, *more, **options)
+
+        def add_foreign_entry(library: Any, fndesc: Any, *more: Any) -> None:
+            add = add_task if fndesc.unique_name == name else type(target).create_cfunc_wrapper
+            add(target, library, fndesc, *more)
+
+        own = {"create_cpython_wrapper": add_entry, "create_cfunc_wrapper": add_foreign_entry}
+        self.state.targetctx = target.subtarget(**own)
+        return super().define_pipelines()
+
+
 # error_model="numpy": the default's branch on division by zero blocks vectorization (0.47 -> 2.1 Gelem/s on 1/sqrt).
 _OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True}
 _PART: dict[str, Any] = _OPTIONS | {"pipeline_class": _PartCompiler}
@@ -142,29 +165,31 @@ class Kernel:
 
     def __init__(self, function: Callable[..., None]) -> None:
         self._function = function
+        self.shares = [*signature(function).parameters][:2] == ["job", "workers"]
         self.name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
         self.__doc__ = function.__doc__
 
     @cached_property
     def serial(self) -> Callable[..., None]:
         """The twin without threads."""
-        return _compiled(self._function, parallel=False)
+        return _compiled(self._function, shares=self.shares, parallel=False)
 
     @cached_property
     def parallel(self) -> Callable[..., None]:
         """The twin with threads."""
-        return _compiled(self._function, parallel=True)
+        return _compiled(self._function, shares=self.shares, parallel=True)
 
-    def bound(self, *signature: Any, parallel: bool = False) -> Callable[..., Any]:
+    def bound(self, *kinds: Any, parallel: bool = False) -> Callable[..., Any]:
         """Return the entry point for arguments of these types, compiled or loaded now: no later call looks at types."""
         dispatcher: Any = self.parallel if parallel else self.serial
-        dispatcher.compile(signature)
-        entry: Callable[..., Any] = dispatcher.overloads[signature].entry_point
+        dispatcher.compile(kinds)
+        entry: Callable[..., Any] = dispatcher.overloads[kinds].entry_point
         return entry
 
 
-def _compiled(function: Callable[..., None], *, parallel: bool) -> Callable[..., None]:
-    dispatcher: Any = njit(**_OPTIONS, parallel=parallel)(function)
+def _compiled(function: Callable[..., None], *, shares: bool, parallel: bool) -> Callable[..., None]:
+    compiler = _SharingCompiler if shares else Compiler
+    dispatcher: Any = njit(**_OPTIONS, pipeline_class=compiler, parallel=parallel)(function)
     try:
         dispatcher._cache = _DiskCache(function, "parallel" if parallel else "serial")
     except (RuntimeError, OSError) as error:  # Numba finds no folder that it can write

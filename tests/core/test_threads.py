@@ -10,8 +10,8 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -19,6 +19,7 @@ import numba
 import numpy as np
 import pytest
 import reference
+import sharing
 from engines import choosing, has_omp
 from processes import run
 from reference import error, normal
@@ -28,9 +29,11 @@ import numbanorm as nn
 from numbanorm.calls import host
 from numbanorm.core import pool
 from numbanorm.core import threads as kernel_threads
-from numbanorm.cpu import bound, claims, engine
-from numbanorm.cpu.bound import FLOAT64_ADDRESS
-from numbanorm.cpu.dtypes import pointer, store
+from numbanorm.cpu import board, bound, claims, engine
+from numbanorm.cpu import helpers as cpu_helpers
+from numbanorm.cpu import idle as cpu_idle
+from numbanorm.cpu.dtypes import pointer
+from numbanorm.cpu.helpers import Helpers
 from numbanorm.cpu.jit import Kernel
 
 needs_two = pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="needs 2 threads")
@@ -55,7 +58,7 @@ class Workers:
             return run_shared(*arguments)
 
         monkeypatch.setattr(bound, "run_shared", counted)
-        monkeypatch.setattr(engine, "SHARE_FROM", engine.NUMBA_FROM)
+        sharing.always(monkeypatch)
 
     def use(self, name: str, number: int = 2) -> None:
         """Choose an engine, and the number of threads."""
@@ -323,9 +326,12 @@ print(nn.get_num_threads())
     def test_a_call_wakes_no_more_helpers_than_it_has_work_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kernel_threads, "_requested", 64)
         monkeypatch.setattr(kernel_threads, "_chosen", "claims")
+        monkeypatch.setattr(Helpers, "may_help", lambda self, large: True)
+        monkeypatch.setattr(Helpers, "at_hand", lambda self, number, large: number)
         assert engine.threads_for(engine.SHARE_FROM - 1) == 1
-        assert engine.threads_for(engine.SHARE_FROM) == 1 + engine.HELPERS
-        assert engine.threads_for(engine.SHARE_FROM * 100) == 64
+        assert engine.threads_for(engine.SHARE_FROM) == 2
+        assert engine.threads_for(engine.ELEMENTS * 8) == 9
+        assert engine.threads_for(engine.ELEMENTS * 100) == 64
         monkeypatch.setattr(kernel_threads, "_chosen", "numba")
         assert engine.threads_for(engine.NUMBA_FROM - 1) == 1
         assert engine.threads_for(engine.NUMBA_FROM) == 64
@@ -366,62 +372,58 @@ class TestChoice:
 
 
 UNITS = 100
+ARRIVED, LEAVE, CALLER_FAILS, HELPER_FAILS = UNITS, UNITS + 1, UNITS + 2, UNITS + 3
+"""Places behind those of the units: where a helper tells that it has claimed one, waits, and who is to fail."""
 
 
 @Kernel
-def _take(job):
-    """Claim a unit."""
-    return claims.claim(pointer(job), np.int64(-1), np.int64(UNITS))
+def _mark(job, workers, geometry, marks):
+    """Write 1 for each unit; the caller does none before a helper has one, which waits until it may go on.
 
-
-@Kernel
-def _finish(job, unit, y):
-    """Do a unit, if it is one, and all that are left."""
-    p_job, p_y = pointer(job), pointer(y)
-    if unit < 0:
-        unit = claims.claim(p_job, unit, np.int64(UNITS))
+    Where none comes for a second, the caller does all.
+    """
+    p_job, p_marks = pointer(job), pointer(marks)
+    helps = claims._look(p_job, claims.JOB_FIRST) >= 0
+    unit = claims.claim(p_job, np.int64(-1), np.int64(UNITS))
+    if helps:
+        claims._add(p_marks, ARRIVED, 1)
+        while claims._look(p_marks, LEAVE) == 0:
+            pass
+    for _ in range(1 << 30):
+        if claims._look(p_marks, ARRIVED) != 0:
+            break
+    if claims._look(p_marks, HELPER_FAILS if helps else CALLER_FAILS) != 0:
+        raise MemoryError
     while unit < UNITS:
-        store(p_y, unit, np.float64(1.0))
+        claims._add(p_marks, unit, 1)
         unit = claims.claim(p_job, unit, np.int64(UNITS))
+    return 0
 
 
-def share(y: np.ndarray, caller: Callable[[], Any], helper: Callable[[], Any]) -> Any:
-    """Run a job whose units write 1 to `y`; a helper claims the first, then each does as told, then all others."""
-    take = _take.bound(claims.JOB)
-    finish = _finish.bound(claims.JOB, claims.INT64, FLOAT64_ADDRESS)
-    claimed = threading.Event()
-
-    def entry(job: np.ndarray, workers: int, geometry: np.ndarray, y: Any) -> int:
-        unit = -1
-        if threading.current_thread().name == "numbanorm":
-            unit = take(job)
-            claimed.set()
-            helper()
-        else:
-            assert claimed.wait(10)
-            caller()
-        finish(job, unit, y)
-        return 0
-
-    return engine.run_shared(entry, lambda: entry, 2, (np.zeros(1), y))
-
-
-def nothing() -> None:
-    """Do nothing."""
+def mark(helpers: Helpers, number: int = 1, leave_after: float = 0.0, **told: int) -> np.ndarray:
+    """Run the kernel above with so many helpers, which may go on after some seconds; return what it wrote."""
+    marks = np.zeros(UNITS + 4, np.int64)
+    for place in told.values():
+        marks[place] = 1
+    entry = _mark.bound(claims.JOB, claims.INT64, claims.JOB, claims.JOB)
+    timer = threading.Timer(leave_after, marks.__setitem__, (LEAVE, 1))
+    timer.start()
+    try:
+        assert helpers.run(entry, number, (np.zeros(1, np.int64), marks)) == 0
+    except BaseException as error:
+        error.marks = marks  # type: ignore[attr-defined]
+        raise
+    finally:
+        seen = marks.copy()
+        timer.join()
+        time.sleep(0.005)
+        assert (marks[:UNITS] == seen[:UNITS]).all(), "somebody was still at work"
+    return marks
 
 
 def fail(error: BaseException) -> None:
     """Raise an error."""
     raise error
-
-
-@contextmanager
-def offered(launch: Callable[[], Any], most: int) -> Iterator[kernel_threads.Task]:
-    """Offer a launch to so many helpers."""
-    task = kernel_threads.Task(lambda: launch, most)
-    task.offer()
-    yield task
-    task.close()
 
 
 def until(condition: Callable[[], bool]) -> bool:
@@ -438,53 +440,37 @@ def address(array: np.ndarray) -> int:
     return array.__array_interface__["data"][0]
 
 
-class Gate:
-    """Stops a helper where it would begin, as a machine does that has no core for it; the caller goes on then."""
-
-    def __init__(self) -> None:
-        self.reached, self.opened, self.left = threading.Event(), threading.Event(), threading.Event()
-
-    def apart(self, original: Callable[..., Callable[[], Any]]) -> Callable[..., Callable[[], Any]]:
-        """Return what makes launches for helpers that stop here first; they keep no array by then."""
-
-        def made(*arguments: Any) -> Callable[[], Any]:
-            launch = original(*arguments)
-
-            def late() -> Any:
-                self.reached.set()
-                assert self.opened.wait(60)
-                try:
-                    return launch()
-                finally:
-                    self.left.set()
-
-            return late
-
-        return made
+@pytest.fixture
+def helpers(monkeypatch: pytest.MonkeyPatch, workers: Workers) -> Helpers:
+    """Return helpers of this test's own."""
+    own = Helpers()
+    monkeypatch.setattr(cpu_helpers, "_helpers", own)
+    monkeypatch.setattr(kernel_threads, "_chosen", "claims")
+    monkeypatch.setattr(kernel_threads, "_requested", 2)  # on one core, too
+    monkeypatch.setattr(cpu_helpers, "LOOKS", 1 << 24)  # 10 ms: it is still awake when the call comes
+    return own
 
 
 @pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch, workers: Workers) -> Iterator[Gate]:
-    """Return a gate that is closed, in front of a helper of this test's own."""
-    gate = Gate()
-    run_shared = bound.run_shared
+def gate(monkeypatch: pytest.MonkeyPatch, helpers: Helpers) -> Iterator[tuple[threading.Event, threading.Event]]:
+    """Hold helpers up where they begin, as a machine does that has no core for them; return what opens and tells."""
+    opened, left = threading.Event(), threading.Event()
+    serve, *others = cpu_helpers.compiled()
 
-    def after_it(entry: Callable[..., Any], *rest: Any) -> Any:
-        return run_shared(lambda *arguments: gate.reached.wait(30) and entry(*arguments), *rest)
+    def late(*arguments: Any) -> Any:
+        assert opened.wait(60)
+        serve(*arguments)
+        left.set()
 
-    monkeypatch.setattr(bound, "run_shared", after_it)
-    monkeypatch.setattr(kernel_threads, "_helpers", kernel_threads._Helpers())
-    monkeypatch.setattr(engine, "_apart", gate.apart(engine._apart))
-    monkeypatch.setattr(kernel_threads, "_chosen", "claims")
-    monkeypatch.setattr(kernel_threads, "_requested", 2)  # on one core, too
-    yield gate
-    gate.opened.set()
+    monkeypatch.setattr(cpu_helpers, "compiled", lambda: (late, *others))
+    yield opened, left
+    opened.set()
 
 
 class TestHelpers:
     """Threads of Python's that take part in a launch, or are held up."""
 
-    def test_a_helper_that_does_not_run_delays_no_call(self, gate: Gate) -> None:
+    def test_a_helper_that_does_not_run_delays_no_call(self, gate: tuple[threading.Event, threading.Event]) -> None:
         """Not the first one, nor one after all have slept; it comes when the call is over, and does nothing."""
         x = normal(0, (1024, 1024))
         nn.set_num_threads(1)
@@ -496,13 +482,15 @@ class TestHelpers:
             y = nn.layer_norm(x, 1024)
             assert time.perf_counter() - start < 10  # the gate would hold it for a minute
             np.testing.assert_array_equal(y, expected)
-        gate.opened.set()
-        assert gate.left.wait(10)
+        gate[0].set()
+        assert gate[1].wait(10)
         np.testing.assert_array_equal(y, expected)
 
     @pytest.mark.parametrize("shape", [(1024, 1100), (1024, 2200)], ids=["counted", "leased"])
-    def test_a_late_helper_keeps_no_output_from_its_reuse(self, gate: Gate, shape: tuple[int, int]) -> None:
-        """It has its addresses when the call ends, and finds another output there when it comes."""
+    def test_a_late_helper_keeps_no_output_from_its_reuse(
+        self, gate: tuple[threading.Event, threading.Event], shape: tuple[int, int]
+    ) -> None:
+        """The board still tells where it was when the helper comes."""
         x = normal(0, shape)
         y = nn.layer_norm(x, shape[1])
         place, gone = address(y), weakref.ref(y)
@@ -511,15 +499,15 @@ class TestHelpers:
         z = pool.POOL.empty(shape, np.dtype(np.float32), x)
         assert address(z) == place
         z[...] = 7
-        gate.opened.set()
-        assert gate.left.wait(10)
+        gate[0].set()
+        assert gate[1].wait(10)
         assert (z == 7).all()
 
     def test_no_array_is_kept_by_helpers_that_never_came(
-        self, helpers: kernel_threads._Helpers, workers: Workers, monkeypatch: pytest.MonkeyPatch
+        self, helpers: Helpers, workers: Workers, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Nor do calls pile up for them."""
-        monkeypatch.setattr(helpers, "_start", lambda number: setattr(helpers, "_number", number))
+        monkeypatch.setattr(threading.Thread, "start", lambda self: None)
         monkeypatch.setattr(kernel_threads, "_requested", 3)
         arrays = [normal(i, (512, 512)) for i in range(3)]
         gone = []
@@ -528,75 +516,35 @@ class TestHelpers:
                 gone.append(weakref.ref(nn.layer_norm(x, 512)))
         assert workers.launches == 300
         assert all(reference() is None for reference in gone)
-        assert helpers.tasks == []
-        assert helpers._calls.qsize() == 2
+        assert [calls.qsize() for calls in helpers._calls] == [1, 1]
 
-    @pytest.fixture
-    def helpers(self, monkeypatch: pytest.MonkeyPatch) -> kernel_threads._Helpers:
-        """Return helpers of this test's own."""
-        helpers = kernel_threads._Helpers()
-        monkeypatch.setattr(kernel_threads, "_helpers", helpers)
-        monkeypatch.setattr(kernel_threads, "_chosen", "claims")
-        return helpers
+    def test_the_caller_waits_for_units_that_a_helper_has_claimed(self, helpers: Helpers) -> None:
+        start = time.perf_counter()
+        assert (mark(helpers, leave_after=0.2)[:UNITS] == 1).all()
+        assert time.perf_counter() - start >= 0.2
 
-    def test_the_caller_waits_for_units_that_a_helper_has_claimed(self, helpers: kernel_threads._Helpers) -> None:
-        y = np.zeros(UNITS)
-        assert share(y, nothing, partial(time.sleep, 0.2)) == 0  # longer than one wait
-        assert (y == 1).all()
-        assert helpers.tasks == []
+    def test_what_a_helper_runs_out_of_the_caller_hears(self, helpers: Helpers) -> None:
+        with pytest.raises(MemoryError) as caught:
+            mark(helpers, fails=HELPER_FAILS)
+        assert caught.value.marks[:UNITS].sum() == UNITS - 1  # type: ignore[attr-defined]  # all but the one it had
+        assert (mark(helpers)[:UNITS] == 1).all()
+        assert len(helpers) == 1  # it lives on
 
-    def test_what_a_helper_raises_the_caller_raises(self, helpers: kernel_threads._Helpers) -> None:
-        y = np.zeros(UNITS)
-        with pytest.raises(MemoryError, match="of the helper"):
-            share(y, nothing, partial(fail, MemoryError("of the helper")))
-        assert y.sum() == UNITS - 1  # all but the one that was claimed and never done
-        assert helpers.tasks == []
-        share(y, nothing, nothing)
-        assert (y == 1).all()
-        assert helpers._number == 1  # it lives on
-
-    def test_what_a_helper_raises_after_all_is_done_nobody_hears(
-        self, helpers: kernel_threads._Helpers, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        seen = threading.Event()
-
-        def failing(*arguments: Any) -> Any:
-            seen.set()
-            raise MemoryError
-
-        monkeypatch.setattr(engine, "_apart", failing)
-        y = np.zeros(UNITS)
-        finish = _finish.bound(claims.JOB, claims.INT64, FLOAT64_ADDRESS)
-
-        def entry(job: np.ndarray, workers: int, geometry: np.ndarray, y: Any) -> int:
-            assert seen.wait(10)
-            finish(job, -1, y)
-            return 0
-
-        assert engine.run_shared(entry, lambda: entry, 2, (np.zeros(1), y)) == 0
-        assert (y == 1).all()
-
-    @pytest.mark.parametrize("kind", [KeyboardInterrupt, MemoryError])
-    def test_a_caller_that_fails_leaves_nobody_at_work(
-        self, helpers: kernel_threads._Helpers, kind: type[BaseException]
-    ) -> None:
+    def test_a_caller_that_fails_leaves_nobody_at_work(self, helpers: Helpers) -> None:
         """Helpers finish the units that they have claimed, and claim no more, before the error comes out."""
-        y = np.zeros(UNITS)
-        with pytest.raises(kind):
-            share(y, partial(fail, kind()), partial(time.sleep, 0.2))
-        assert y.sum() == 1
-        assert helpers.tasks == []
-        time.sleep(0.1)
-        assert y.sum() == 1
+        with pytest.raises(MemoryError) as caught:
+            mark(helpers, leave_after=0.2, fails=CALLER_FAILS)
+        assert 1 <= caught.value.marks[:UNITS].sum() < UNITS  # type: ignore[attr-defined]
+        assert (mark(helpers)[:UNITS] == 1).all()
 
-    def test_an_interrupt_at_any_step_leaves_nobody_at_work(self, helpers: kernel_threads._Helpers) -> None:
+    def test_an_interrupt_at_any_step_leaves_nobody_at_work(self, helpers: Helpers) -> None:
         """One call for each instruction of Python's between its start and its end, interrupted there."""
-        modules = {kernel_threads.__file__, engine.__file__}
+        mark(helpers)
         steps = left = 0
 
         def trace(frame: FrameType, event: str, argument: Any) -> Any:
             nonlocal left
-            if frame.f_code.co_filename not in modules:
+            if frame.f_code.co_filename != cpu_helpers.__file__:
                 return None
             frame.f_trace_opcodes = True
             if event == "opcode":
@@ -605,113 +553,88 @@ class TestHelpers:
                     raise KeyboardInterrupt
             return trace
 
-        y = np.zeros(UNITS)
         interrupted = True
         before = sys.gettrace()
         while interrupted:
             steps += 1
             left = steps
-            y[...] = 0
             try:
                 sys.settrace(trace)
-                share(y, nothing, partial(time.sleep, 0.005))
+                marks = mark(helpers, leave_after=0.003)  # which looks whether somebody is at work
                 interrupted = False
             except KeyboardInterrupt:
-                sys.settrace(before)
-                seen = y.sum()
+                pass
             finally:
                 sys.settrace(before)
-            assert helpers.tasks == []
-            if interrupted:
-                time.sleep(0.01)
-                assert y.sum() == seen
-        assert (y == 1).all()
-        assert steps > 100
+            assert helpers.board[board.BUSY] == 0
+        assert (marks[:UNITS] == 1).all()
+        assert steps > 60
 
-    def test_a_helper_that_dies_is_replaced(
-        self, helpers: kernel_threads._Helpers, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        with monkeypatch.context() as patch:
-            patch.setattr(helpers, "_help", partial(fail, SystemExit()))
-            patch.setattr(threading, "excepthook", lambda told: None)
-            with offered(nothing, 1):
-                assert until(lambda: helpers._number == 0)
-        y = np.zeros(UNITS)
-        share(y, nothing, nothing)
-        assert (y == 1).all()
-        assert helpers._number == 1
-
-    def test_no_more_than_so_many_take_part(self, helpers: kernel_threads._Helpers) -> None:
+    def test_no_more_than_so_many_take_part(self, helpers: Helpers) -> None:
         """However many there are, and awake for others."""
-        taken: list[int] = []
-        opened = threading.Event()
         for most in (3, 1, 2):
-            taken.clear()
-            opened.clear()
+            marks = mark(helpers, most, leave_after=0.1)
+            assert 1 <= marks[ARRIVED] <= most
+            assert len(helpers) == 3
+        helpers.wake(3)
+        assert until(lambda: bool((helpers.board[board.ASLEEP :] == 1).all()))  # nothing to do, and they sleep
 
-            def launch() -> None:
-                taken.append(1)
-                opened.wait(10)
+    def test_who_finds_another_call_on_the_board_works_alone(self, helpers: Helpers) -> None:
+        x = normal(0, (512, 512))
+        nn.set_num_threads(1)
+        expected = nn.layer_norm(x, 512)
+        kernel_threads._requested = 2
+        with ThreadPoolExecutor(1) as other:
+            first = other.submit(mark, helpers, leave_after=0.5)
+            assert until(lambda: helpers.board[board.BUSY] == 1)
+            np.testing.assert_array_equal(nn.layer_norm(x, 512), expected)
+            assert not first.done()
+            assert (first.result()[:UNITS] == 1).all()
+        assert helpers.board[board.BUSY] == 0
 
-            with offered(launch, most):
-                assert until(lambda: len(taken) == most)  # noqa: B023
-                helpers.call(3)
-                time.sleep(0.05)
-                assert len(taken) == most
-                opened.set()
-        assert helpers._number == 3
-
-    def test_one_helper_goes_from_call_to_call(self, helpers: kernel_threads._Helpers) -> None:
-        """It takes part in all that are open when it is awake, and in none that is closed."""
-        order: list[str] = []
-        opened, done = threading.Event(), threading.Event()
-
-        def first() -> None:
-            order.append("first")
-            opened.wait(10)
-
-        with offered(first, 1):
-            assert until(lambda: order == ["first"])
-            with offered(lambda: order.append("closed"), 1):
-                pass
-            with offered(done.set, 1):
-                opened.set()
-                assert done.wait(10)
-        assert order == ["first"]
+    def test_units_without_number_are_claimed_in_batches(self, helpers: Helpers) -> None:
+        """More of them than a ticket counts."""
+        total = 3 * board.COUNT + 5
+        job = claims.job_on(helpers.board)
+        count = _count.bound(claims.JOB, claims.INT64, claims.INT64)
+        assert count(job, 1, total) == total * (total - 1) // 2
+        assert helpers.board[board.TOTAL] <= board.COUNT
+        assert helpers.board[board.DONE] == helpers.board[board.TOTAL]
 
     def test_where_no_thread_can_be_started_the_caller_does_all(
-        self, helpers: kernel_threads._Helpers, monkeypatch: pytest.MonkeyPatch, workers: Workers
+        self, helpers: Helpers, monkeypatch: pytest.MonkeyPatch, workers: Workers
     ) -> None:
         x = normal(0, (512, 512))
         expected = nn.layer_norm(x, 512)
         monkeypatch.setattr(threading.Thread, "start", lambda self: fail(RuntimeError("can't start new thread")))
         monkeypatch.setattr(kernel_threads, "_requested", 4)
+        before = workers.launches
         np.testing.assert_array_equal(nn.layer_norm(x, 512), expected)
-        assert workers.launches == 1
-        assert helpers._number == 0
+        assert workers.launches == before + 1
 
     FORKED_WITHIN = """
-import os, signal, threading, time
+import os, signal, time
 import numpy as np
-from numbanorm.core import threads
-started, over = threading.Event(), threading.Event()
-def launch():
-    started.set()
-    over.wait()
+from numbanorm.cpu import board, helpers
+own = helpers.helpers()
 children = []
 def fork(*_):
     children.append(os.fork())
 signal.signal(signal.SIGALRM, fork)
+def entry(job, workers):
+    job[board.JOB_MINE] = 1  # as if a helper had claimed the one unit that there is
+    own.board[board.TOTAL] = 1
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    return 0
+own._start = lambda number: None
+pause = own._pause
+def over():
+    pause()
+    if children and children[0]:
+        own.board[board.DONE] = 1
+own._pause = over
 try:
-    task = threads.Task(lambda: launch, 1)
-    task.offer()
-    started.wait()
-    signal.setitimer(signal.ITIMER_REAL, 0.01)
-    while not children:
-        task.wait()  # a handler forks in here, and the child comes back without the helper
-    over.set()
-    while children[0] == 0:
-        task.wait()
+    own.run(entry, 1, ())  # a handler forks in here, and the child comes back without the helper
 except RuntimeError as error:
     os._exit(7 if children == [0] and "forked" in str(error) else 8)
 print(os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]))
@@ -722,51 +645,97 @@ print(os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]))
         assert run(self.FORKED_WITHIN) == "7"
 
 
-UNMAPPED = 1 << 44
-"""An address that no array has; others lie as far apart."""
+@Kernel
+def _count(job, workers, total):
+    """Return the sum of all units' numbers."""
+    p_job = pointer(job)
+    found = np.int64(0)
+    unit = claims.claim(p_job, np.int64(-1), total)
+    while unit < total:
+        found += unit
+        unit = claims.claim(p_job, unit, total)
+    return found
 
 
-def test_who_finds_no_unit_left_reads_no_array(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Arrays may be gone by then: a helper that reads one would end the process here."""
-    monkeypatch.setattr(kernel_threads, "_chosen", "claims")
-    monkeypatch.setattr(kernel_threads, "_requested", 2)
-    run_shared = bound.run_shared
-    answers = []
+class TestAtHand:
+    """Who takes part in a call: by how long ago the last one was, and what else the machine does."""
 
-    def again(entry: Any, parallel: Any, count: int, arguments: tuple[Any, ...]) -> Any:
-        job = claims.shared_job()
-        job[claims.NEXT] = claims.NONE_LEFT
-        geometry, *others = arguments
-        places = [np.intp(UNMAPPED * (1 + i)) if isinstance(a, np.ndarray) else a for i, a in enumerate(others)]
-        answers.append(entry(job, 1, geometry, *places))
-        return run_shared(entry, parallel, count, arguments)
+    @pytest.fixture
+    def told(self, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+        """Return what asks helpers of its own, for two, so many seconds after a call, with so many cores idle."""
 
-    monkeypatch.setattr(bound, "run_shared", again)
-    for shape, norm, options in CASES.values():
-        x = data(shape)
-        norm(x, *options)
-        if norm in (layer, rms):
-            norm(x, *options, residual=x)
-        if norm is not rms:
-            norm(x, *options, mask=x > 100)
-    for shape, axis in (((16, 32, 20, 20), 1), ((16, 20, 20, 32), -1), ((64, 64, 7, 7), 1)):
-        x, c = data(shape), shape[axis]
-        nn.batch_norm(x, np.zeros(c), np.ones(c), *affine(c), channel_axis=axis)
-    for shape, axis in (((16, 32, 20, 20), 1), ((1, 32, 120, 120), 1), ((16, 20, 20, 32), -1), ((1, 90, 90, 32), -1)):
-        x, c = data(shape), shape[axis]
-        for mask in (None, x > 100):
-            y, mean, rstd = nn.batch_norm(x, training=True, channel_axis=axis, mask=mask, return_stats=True)
-            nn.batch_norm_backward(y, x, mean, rstd, normal(1, (c,)), channel_axis=axis, mask=mask)
-            y, mean, rstd = nn.group_norm(x, 4, channel_axis=axis, mask=mask, return_stats=True)
-            nn.group_norm_backward(y, x, 4, mean, rstd, normal(1, (c,)), channel_axis=axis, mask=mask)
-    for shape in ((512, 768), (6, 40_000), (1, 300_001)):
-        x = data(shape)
-        y, mean, rstd = nn.layer_norm(x, shape[1], return_stats=True)
-        nn.layer_norm_backward(y, x, shape[1], mean, rstd)
-        y, rstd = nn.l2_norm(x, shape[1], return_stats=True)
-        nn.l2_norm_backward(y, x, shape[1], rstd)
-    assert len(answers) > 50
-    assert set(answers) <= {0, None}  # not because addresses clash
+        def ask(since: float, idle: int | None, large: bool = False, awake: int = 0) -> int:
+            own = Helpers()
+            own._calls = [None, None]  # type: ignore[list-item]
+            own.last = time.perf_counter() - since
+            own.board[board.ASLEEP : board.ASLEEP + awake] = 0
+            monkeypatch.setattr(cpu_helpers, "idle_cores", lambda: idle)
+            return own.at_hand(2, large) if own.may_help(large) else 0
+
+        return ask
+
+    def test_after_a_while_only_large_calls_are_shared(self, told: Callable[..., int]) -> None:
+        assert told(1.0, 4) == 0
+        assert told(1.0, 4, large=True) == 2
+        assert told(-1.0, 4) == 2  # the last one has just ended, whatever the clock does
+
+    def test_no_more_help_than_cores_are_idle(self, told: Callable[..., int]) -> None:
+        assert [told(-1.0, idle) for idle in (0, 1, 2)] == [0, 1, 2]
+        assert [told(1.0, idle, large=True) for idle in (0, 1, 2)] == [0, 1, 2]
+
+    def test_who_is_awake_holds_a_core_of_those_that_are_not_idle(self, told: Callable[..., int]) -> None:
+        assert [told(-1.0, idle, awake=1) for idle in (0, 1)] == [1, 2]
+
+    def test_where_the_system_does_not_say_only_large_calls_are_shared(self, told: Callable[..., int]) -> None:
+        assert told(-1.0, None) == 0
+        assert told(-1.0, None, awake=2) == 0
+        assert told(1.0, None, large=True) == 2
+
+    def test_the_system_is_not_asked_at_every_call(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[int] = []
+        monkeypatch.setattr(cpu_helpers, "_ASK_AGAIN", 60.0)
+        for idle in (1, 0):
+            own = Helpers()
+            asked.clear()
+            monkeypatch.setattr(cpu_helpers, "idle_cores", lambda: asked.append(1) or idle)  # noqa: B023
+            assert [own.at_hand(2, True) for _ in range(5) if own.may_help(True)] == ([1] * 5 if idle else [0])
+            assert len(asked) == 1
+
+
+class TestIdleCores:
+    """What Linux tells of the threads that run."""
+
+    @pytest.mark.parametrize(
+        ("text", "idle"),
+        [
+            ("0.20 0.18 0.12 1/80 11206\n", 3),
+            ("9.20 9.18 9.12 3/80 11206\n", 1),
+            ("9.20 9.18 9.12 9/80 11206\n", 0),
+            ("0.20 0.18 0.12 0/0 11206\n", None),
+            ("0.20 0.18\n", None),
+            ("0.20 0.18 0.12 many/80 11206\n", None),
+            ("", None),
+        ],
+    )
+    def test_load(self, text: str, idle: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "loadavg").write_text(text)
+        monkeypatch.setattr(cpu_idle, "_LOAD", str(tmp_path / "loadavg"))
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2, 3}, raising=False)
+        monkeypatch.setattr(os, "cpu_count", lambda: 4)
+        assert cpu_idle.idle_cores() == idle
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+        assert cpu_idle.idle_cores() is None  # on which cores the others run is not known
+
+    def test_no_such_system(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cpu_idle, "_LOAD", str(tmp_path / "none"))
+        assert cpu_idle.idle_cores() is None
+        monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+        assert cpu_idle.idle_cores() is None
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells it")
+    def test_here(self) -> None:
+        found = cpu_idle.idle_cores()
+        assert found is None or 0 <= found < os.cpu_count()  # type: ignore[operator]
 
 
 @needs_two
@@ -778,8 +747,8 @@ class TestCallers:
 import numpy as np, numbanorm as nn
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from numbanorm.cpu import engine
-engine.SHARE_FROM = engine.NUMBA_FROM
+import sharing
+sharing.always()
 nn.set_num_threads(2)
 x = np.random.default_rng(0).standard_normal((512, 768), dtype=np.float32)
 xs = [x + np.float32(i) for i in range(4)]
@@ -804,8 +773,9 @@ print("ok")
     FORK = """
 import os, numpy as np, numbanorm as nn
 from numbanorm.core import threads
-from numbanorm.cpu import engine
-engine.SHARE_FROM = engine.NUMBA_FROM
+from numbanorm.cpu.helpers import helpers
+import sharing
+sharing.always()
 nn.set_num_threads(2)
 x = np.random.default_rng(0).standard_normal((512, 768), dtype=np.float32)
 def call():
@@ -813,9 +783,9 @@ def call():
 expected = call()
 child = os.fork()
 if child == 0:
-    assert threads._helpers._number == 0
+    assert len(helpers()) == 0
     assert call() == expected
-    assert (threads.usable_threads(), threads._helpers._number) == ((1, 0) if threads.uses_numba() else (2, 1))
+    assert (threads.usable_threads(), len(helpers())) == ((1, 0) if threads.uses_numba() else (2, 1))
     os._exit(0)
 _, status = os.waitpid(child, 0)
 assert call() == expected

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sharing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import normal
@@ -16,7 +17,6 @@ from tolerances import FLOAT32, FLOAT64, MOMENTS, STATISTICS_FLOAT32
 
 import numbanorm as nn
 from numbanorm.core import threads as kernel_threads
-from numbanorm.cpu import engine
 
 dask = pytest.importorskip("dask")
 da = pytest.importorskip("dask.array")
@@ -302,7 +302,7 @@ def test_kernels_use_one_thread_in_a_task(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(kernel_threads, "usable_threads", looked_at)
     monkeypatch.setattr(kernel_threads, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(engine, "SHARE_FROM", engine.NUMBA_FROM)
+    sharing.always(monkeypatch)
     x = normal(0, (512, 600))
     of_rows = nn.layer_norm(x, 600, return_stats=True)[1:]
     of_channels = nn.batch_norm(x, training=True, return_stats=True)[1:]

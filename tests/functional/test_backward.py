@@ -13,6 +13,7 @@ import gradients
 import numba
 import numpy as np
 import pytest
+import sharing
 from gradients import error_of_sum
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +22,7 @@ from training_tolerances import FINITE_DIFFERENCES, GRADIENT_FLOAT32, GRADIENT_F
 
 import numbanorm as nn
 from numbanorm.calls import host
-from numbanorm.cpu import bound, engine
+from numbanorm.cpu import bound
 
 every_arrangement = pytest.mark.parametrize("name", ARRANGEMENTS)
 WEIGHT_DTYPES = ["float16", "bfloat16", "float32", "float64"]
@@ -555,7 +556,7 @@ def test_same_bits_on_any_number_of_threads(path: str, masked: bool, monkeypatch
         kernels = {kernel.replace("along_", "rows_") for kernel in kernels}
     how = ARRANGEMENTS[name]
     x = how.place(normal(0, (groups, n)))
-    monkeypatch.setattr(engine, "SHARE_FROM", x.size)
+    sharing.always(monkeypatch, x.size)
     host.forget()
     dy, weight = normal(1, x.shape), normal(2, how.shape_of(x, groups))
     options = {"mask": np.random.default_rng(3).random(x.shape) < 0.5} if masked else {}

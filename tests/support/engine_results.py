@@ -19,13 +19,14 @@ from unittest import mock
 
 import ml_dtypes
 import numpy as np
+import sharing
 from registered import SCALE, registered
 
 import numbanorm as nn
 import numbanorm.cpu
-from numbanorm.core.threads import Task
-from numbanorm.cpu import engine
+from numbanorm.cpu import board, engine, helpers
 from numbanorm.cpu.bound import Bound
+from numbanorm.cpu.helpers import Helpers
 from numbanorm.cpu.jit import Kernel
 
 ROWS, WIDTH = 2100, 1024
@@ -162,36 +163,35 @@ def sharing_kernels() -> set[str]:
 
 
 @contextmanager
-def _watched() -> Iterator[tuple[set[str], list[None]]]:
-    """Tell which kernels run on several threads, and how often a helper takes part; give it time to."""
+def _watched() -> Iterator[tuple[set[str], list[int]]]:
+    """Tell which kernels run on several threads, and how many batches of units helpers did; give them time to."""
     shared: set[str] = set()
-    helped: list[None] = []
-    launch, offer, begin = Bound.on, Task.offer, engine._apart
+    helped: list[int] = []
+    launch, wake = Bound.on, Helpers.wake
 
     def on(bound: Bound, threads: int, *arguments: Any) -> Any:
+        problem = launch(bound, threads, *arguments)
         if threads > 1:
             shared.add(bound.name)
-        return launch(bound, threads, *arguments)
+            helped.append(int(helpers.helpers().board[board.TICKET]) >> board.COUNT_BITS & board.COUNT)
+        return problem
 
-    def nap(task: Task) -> None:
-        offer(task)
-        time.sleep(0.003)
-
-    def apart(*arguments: Any) -> Any:
-        helped.append(None)
-        return begin(*arguments)
+    def nap(own: Helpers, number: int) -> None:
+        wake(own, number)
+        time.sleep(0.001)
 
     with (
         mock.patch.object(Bound, "on", on),
-        mock.patch.object(Task, "offer", nap),
-        mock.patch.object(engine, "_apart", apart),
+        mock.patch.object(Helpers, "wake", nap),
+        mock.patch.object(helpers, "LOOKS", 1 << 22),
     ):
         yield shared, helped
 
 
 def on_threads(threads: int) -> dict[str, Any]:
-    """Return digests of the results of each call, which kernels ran on several threads, and how often one helped."""
-    assert SIZE >= engine.SHARE_FROM
+    """Return digests of the results of each call, which kernels ran on several threads, and what helpers did."""
+    assert SIZE >= engine.NUMBA_FROM
+    sharing.always()
     nn.set_num_threads(threads)
     of = _Data()
     digests = {}
@@ -200,7 +200,7 @@ def on_threads(threads: int) -> dict[str, Any]:
             results = list(call(of))
             assert all(np.isfinite(result.astype(np.float64)).all() for result in results), name
             digests[name] = [hashlib.sha256(result.tobytes()).hexdigest() for result in results]
-    return {"digests": digests, "shared": sorted(shared), "helped": len(helped)}
+    return {"digests": digests, "shared": sorted(shared), "helped": sum(helped)}
 
 
 if __name__ == "__main__":

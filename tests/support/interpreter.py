@@ -11,22 +11,23 @@ which compiled code would take for one.
 
 from __future__ import annotations
 
+import ctypes
 import pkgutil
 import threading
 import types
-import weakref
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
 import numba
 import numpy as np
+import sharing
 from numba.core.extending import _Intrinsic
 
 import numbanorm.cpu
 from numbanorm.calls import host
 from numbanorm.core.dtypes import format_of
-from numbanorm.cpu import claims, jit, launch
+from numbanorm.cpu import board, jit, launch
 from numbanorm.cpu.address import Address, address_type
 from numbanorm.cpu.lanes import LINE, WIDTHS
 
@@ -86,30 +87,6 @@ class Place:
     def address(self, index: int = 0) -> int:
         """Return where an element lies."""
         return _address(self.memory) + (self.first + int(index)) * self.memory.itemsize
-
-
-class Lost(Place):
-    """An address whose array is gone: a helper that comes late may hold it, but must not look there.
-
-    Parameters
-    ----------
-    address : int
-        The address.
-    """
-
-    __slots__ = ("_address",)
-
-    def __init__(self, address: int) -> None:
-        super().__init__(np.empty(0), 0)
-        self._address = address
-
-    def window(self, index: int, count: int) -> np.ndarray:
-        """Raise."""
-        raise IndexError(f"{count} elements from {index} on lie in an array that is gone")
-
-    def address(self, index: int = 0) -> int:
-        """Return the address, without which `clash` could not be asked."""
-        return self._address
 
 
 def _address(array: np.ndarray) -> int:
@@ -279,6 +256,28 @@ class StandIns:
         return before
 
     @staticmethod
+    def _swap(job: Place, place: int, old: int, new: int) -> bool:
+        with _JOBS:
+            found = StandIns._look(job, place) == old
+            if found:
+                StandIns._tell(job, place, new)
+        return found
+
+    @staticmethod
+    def _at(number: int) -> Place:
+        words = (ctypes.c_int64 * board.ASLEEP).from_address(number)
+        return Place(np.frombuffer(words, np.int64), 0)
+
+    @staticmethod
+    def _run(board: Place, job: Place) -> int:
+        function, places = _OFFERED[board.address()]
+        try:
+            function(job, *places)
+        except Exception:
+            return -1
+        return 0
+
+    @staticmethod
     def load(array: Place, index: int) -> Any:
         return _lane_dtype(array).type(array.window(index, 1)[0])
 
@@ -295,30 +294,12 @@ class StandIns:
         return _lane_dtype(array).type(value)
 
 
-_SEEN: dict[tuple[int, Any], weakref.ref[np.ndarray]] = {}
-"""Arrays whose addresses were asked for, by address and type: what an address stands for that comes instead of one."""
-
-
-def _address_of(array: np.ndarray) -> int:
-    """Return the address of an array, and remember whose it is; stands in for `claims.address_of`."""
-    _SEEN[_address(array), _address_type(array.dtype)] = weakref.ref(array)
-    return _address(array)
-
-
-def _placed(kind: Any, value: Any) -> Any:
-    """Return an argument; in the place of a bare address what is known of the memory there."""
-    if not isinstance(kind, Address) or not isinstance(value, np.intp):
-        return value
-    array = _SEEN[int(value), kind]()
-    return Lost(int(value)) if array is None else Place.of(array)
-
-
 def _fits(kind: Any, value: Any) -> bool:
     """Tell whether compiled code may take an argument as one of a type: it looks at no array before it reads it."""
     if kind == numba.none:
         return value is None
     if isinstance(kind, Address):
-        return isinstance(value, Place) or (isinstance(value, np.ndarray) and _address_type(value.dtype) == kind)
+        return isinstance(value, np.ndarray) and _address_type(value.dtype) == kind
     if kind == numba.boolean:
         return isinstance(value, (bool, np.bool_))
     if kind == numba.int64:
@@ -330,20 +311,41 @@ def _address_type(dtype: np.dtype[Any]) -> Any:
     return address_type(dtype) if dtype.isnative else None
 
 
+_OFFERED: dict[int, tuple[Callable[..., Any], tuple[Any, ...]]] = {}
+"""What is on each board, by its address: a kernel and its arguments but for the job."""
+
+
+def _offer(function: Callable[..., Any], job: Place, places: tuple[Any, ...]) -> None:
+    """Put a call on its board, as the code around a compiled kernel does; see `numbanorm.cpu.board`."""
+    number = StandIns._look(job, board.JOB_BOARD)
+    if number == 0:
+        return
+    words = StandIns._at(number)
+    if not StandIns._swap(words, board.BUSY, 0, 1):
+        StandIns._tell(job, board.JOB_BOARD, 0)
+        return
+    StandIns._tell(job, board.JOB_MINE, 1)
+    for place in (board.TOTAL, board.DONE, board.FAILED):
+        StandIns._tell(words, place, 0)
+    call = (StandIns._look(words, board.TICKET) >> board.CALL_BITS) + 1
+    StandIns._tell(words, board.TICKET, call << board.CALL_BITS)
+    StandIns._tell(words, board.LIMIT, StandIns._look(job, board.JOB_LIMIT))
+    _OFFERED[number] = function, places
+
+
 def _bound(kernel: jit.Kernel, *signature: Any, parallel: bool = False) -> Callable[..., Any]:
     """Return what calls a kernel as the plain function that it is; stands in for `Kernel.bound`."""
     function: Callable[..., Any] = kernel._function
-    if kernel is claims.address_of:
-        return _address_of
 
     def run(*arguments: Any) -> Any:
-        places = [_placed(kind, value) for kind, value in zip(signature, arguments, strict=True)]
-        for kind, value in zip(signature, places, strict=True):
+        for kind, value in zip(signature, arguments, strict=True):
             if not _fits(kind, value):
                 shown = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else repr(value)
                 raise TypeError(f"{function.__module__}.{function.__name__} was bound for {kind}, and got {shown}")
+        if kernel.shares:
+            _offer(function, Place.of(arguments[0]), arguments[1:])
         with np.errstate(all="ignore"):  # compiled code tells nothing of overflow
-            return function(*places)
+            return function(*arguments)
 
     return run
 
@@ -392,7 +394,10 @@ SMALL = {
     "AHEAD_FROM": 128,
     "SLAB_ELEMENTS": 480,
     "SHARE_FROM": 200,
+    "WAKE_FROM": 200,
+    "ELEMENTS": 200,
     "NUMBA_FROM": 200,
+    "LOOKS": 4,
     "_TURNS": 4,
     "PIECE": 256,
     "UNIT": 128,
@@ -423,5 +428,6 @@ def shrink() -> None:
             raise AttributeError(f"no module of numbanorm.cpu has {name}")
         for module in found:
             setattr(module, name, value)
+    sharing.always(elements=SMALL["SHARE_FROM"])
     launch.TILE = min(launch.TILE, 64)  # type: ignore[misc]  # how wide tiles are cut, not what scratch arrays hold
     _forget()

@@ -31,7 +31,7 @@ threading.Thread(target=watch, daemon=True).start()
 def environment(**own: str) -> dict[str, str]:
     """Return the environment of an interpreter that finds the same numbanorm as this one."""
     home = str(Path(numbanorm.__file__).parents[1])
-    path = os.pathsep.join(p for p in (home, os.environ.get("PYTHONPATH", "")) if p)
+    path = os.pathsep.join(p for p in (home, str(SUPPORT), os.environ.get("PYTHONPATH", "")) if p)
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     return kept | {"PYTHONPATH": path} | own
 

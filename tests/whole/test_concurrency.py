@@ -22,8 +22,10 @@ PRELUDE = """
 import hashlib, os, sys
 import numba, numpy as np, numbanorm as nn
 from numbanorm.core import threads
-from numbanorm.cpu import engine
-engine.SHARE_FROM = engine.NUMBA_FROM  # so that calls on little are shared by helpers, too
+from numbanorm.cpu import board, engine
+from numbanorm.cpu.helpers import Helpers, helpers
+import sharing
+sharing.always()  # calls on little, too
 def data(seed, shape=(16, 16, 24, 24)):
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32) + np.float32(seed)
 def work(x):
@@ -75,7 +77,7 @@ def hammer(i):
 with ThreadPoolExecutor(8) as pool:
     assert all(pool.map(hammer, range(8)))
 assert work(xs[1]) == expected[1]
-print(threads._layer(), threads._helpers._number, len(threads._helpers.tasks))
+print(threads._layer(), len(helpers()), helpers().board[board.BUSY])
 """
 
 
@@ -269,7 +271,7 @@ def forked(inner, usable):
         try:
             same = work(xs[1]) == expected[1] and (inner is None or inner(None, usable) == 0)
             same = same and threads.usable_threads() == usable
-            same = same and threads._helpers._number == (0 if threads.uses_numba() else usable - 1)
+            same = same and len(helpers()) == (0 if threads.uses_numba() else usable - 1)
         except BaseException:
             same = False
         os._exit(0 if same else 3)
@@ -340,8 +342,8 @@ print("ok")
 
 LEFT_BEHIND = """
 def left_behind():
-    "Tell whether a lock is held or a call open, which none is now."
-    return threads._lock.locked() or threads._helpers.tasks
+    "Tell whether a lock is held or a call is on the board, which none is now."
+    return threads._lock.locked() or helpers().board[board.BUSY] != 0
 """
 
 
@@ -442,7 +444,8 @@ atexit.register(lambda: print("ok" if work(xs[1]) == expected[1] else "wrong"))
     "the first large call at exit": """
 import atexit
 x = data(0, (64, 16, 64, 64))
-threads._helpers = threads._Helpers()
+from numbanorm.cpu import helpers as own
+own._helpers = Helpers()
 atexit.register(lambda: print("ok" if nn.batch_norm(x, training=True).any() else "wrong"))
 """,
     "interrupted": """
