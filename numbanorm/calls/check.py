@@ -192,6 +192,12 @@ def check_parameters(record: NormRecord, layout: Layout, weight: ArraySpec | Non
             check_float(spec, name)
 
 
+def check_shared_weights(record: NormRecord, where: str, *parameters: Any) -> None:
+    """Check that all samples share weights, where no other ones can be."""
+    if record.weights_by_sample and any(parameter is not None for parameter in parameters):
+        raise TypeError(f"weight, bias: expected None {where}, {record.title} has some for each sample")
+
+
 def check_statistic(spec: ArraySpec | None, name: str, layout: Layout) -> None:
     """Check a mean or rstd that the caller gave."""
     if spec is None:

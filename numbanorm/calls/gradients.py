@@ -42,7 +42,7 @@ class PreparedBackward:
         self._output = Output(call)
         self._pack = Packing(call.dy, call.x, call.mask, call.weight, call.mean, call.rstd)
         layout = call.plan.layout
-        self._gradients = (2, layout.size)
+        self._gradients = (2, layout.weights)
         self._shape = layout.affine_shape
         self._rows = len(call.record.parameters)
         self._plain = not self._pack and call.deliver is None and call.packed_gradient is None and call.plan.size > 0
@@ -135,7 +135,7 @@ class PartialBackward:
         call, output = self.call, self._output
         layout = call.plan.layout
         dx = output.new(x, dy)
-        gradients = np.zeros((2, layout.size), call.form.lane)
+        gradients = np.zeros((2, layout.weights), call.form.lane)
         if call.plan.size:
             dy, x, mask, weight, mean, rstd = self._pack(aligned(dy), aligned(x), mask, weight, mean, rstd)
             spec = prepare.statistic_spec(layout)

@@ -70,7 +70,7 @@ class _Call:
         self._call, self._options = call, options
         output = Output(call)
         self._back, self._shape, self._dtype, self._pooled = output.back, output.shape, output.dtype, output.pooled
-        size = layout.size if call.weight is not None or call.bias is not None else 1
+        size = layout.weights if call.weight is not None or call.bias is not None else 1
         self._one, self._zero = _constant(size, call.form.lane, 1), _constant(size, call.form.lane, 0)
         self._stats_shape = (4, layout.groups)
         self._stats_of = (4, *layout.stats_shape) if layout.stats_order is None else None

@@ -230,7 +230,10 @@ class Case:
         """Axes along which the weight varies; none for one weight that serves all elements."""
         if not self.record.affine_roles:
             return ()
-        return (self.reading.channel,) if self.record.by_channel else self.layout.reduced_axes
+        axes = (self.reading.channel,) if self.record.by_channel else self.layout.reduced_axes
+        if not self.record.weights_by_sample:
+            return axes
+        return (*[axis for axis in range(len(self.layout.shape)) if axis not in axes][:1], *axes)
 
     @property
     def sharers(self) -> int:

@@ -34,7 +34,8 @@ class Layout:
 
     Make one with `Layout.of`. Statistics live in a coalesced view of the elements in the order of memory,
     ``(K0, R0, K1, R1)``: kept, reduced, kept, reduced, with 1 where there is none. The element at flat index ``f`` of
-    that order belongs to the statistic ``(f // (R0*K1*R1), f // R1 % K1)`` and to the weight ``f // inner % size``.
+    that order belongs to the statistic ``(f // (R0*K1*R1), f // R1 % K1)`` and to the weight
+    ``f // span * size + f // inner % size``.
 
     Attributes
     ----------
@@ -46,8 +47,9 @@ class Layout:
         Axes of the array from the slowest to the fastest in memory.
     view : tuple of int
         ``(K0, R0, K1, R1)``.
-    inner, size : int
-        The affine map: ``f // inner % size``.
+    span, inner, size : int
+        The affine map: ``f // span * size + f // inner % size``. With `span` the whole array all samples share weights;
+        with less, that many elements do, a sample's, which are a multiple of ``R0 * K1 * R1``.
     reduced_axes : tuple of int
         Axes along which elements share statistics (the channel axis among them for GroupNorm).
     stats_shape : tuple of int
@@ -71,6 +73,7 @@ class Layout:
     shape: tuple[int, ...]
     order: tuple[int, ...]
     view: tuple[int, int, int, int]
+    span: int
     inner: int
     size: int
     reduced_axes: tuple[int, ...]
@@ -134,29 +137,28 @@ class Layout:
             asked = tuple(dict.fromkeys(a.axis for a in memory))
             maps = _maps(memory)
             assert maps is not None
-        view, inner, size = maps
+        view, span, inner, size = maps
         kept = [a for a in axes if not a.reduced]
-        weighted = [a for a in axes if a.affine]
-        affine_shape: tuple[int, ...] = tuple(a.length for a in weighted)
         if rule.by_channel:
             stats_shape = tuple(a.length for a in kept)
-            affine_shape = (prod(affine_shape),) if weighted else ()
         else:
             stats_shape = tuple(1 if a.reduced else a.length for a in sorted(axes, key=lambda a: a.axis))
         kept_in_memory = [a for a in memory if not a.reduced]
-        weighted_in_memory = [a for a in memory if a.affine]
+        weighted = _weighted(axes, rule)
+        lengths = {axis: prod(a.length for a in axes if a.axis == axis and a.affine) for axis in weighted}
         return cls(
             norm=norm,
             shape=shape,
             order=asked,
             view=view,
+            span=span,
             inner=inner,
             size=size,
             reduced_axes=tuple(sorted({a.axis for a in axes if a.reduced})),
             stats_shape=stats_shape,
-            affine_shape=affine_shape,
+            affine_shape=tuple(lengths.values()),
             stats_order=_permutation(kept_in_memory, kept),
-            affine_order=_permutation(weighted, weighted_in_memory),
+            affine_order=_permutation(weighted, [axis for axis in asked if axis in lengths]),
             _stats_lengths=tuple(a.length for a in kept_in_memory),
         )
 
@@ -169,6 +171,16 @@ class Layout:
     def groups(self) -> int:
         """Number of means."""
         return self.view[0] * self.view[2]
+
+    @cached_property
+    def weights(self) -> int:
+        """Number of weights."""
+        return prod(self.affine_shape)
+
+    @cached_property
+    def samples(self) -> int:
+        """Sets of `size` weights, one after the other."""
+        return self.weights // self.size if self.size else 1
 
     @property
     def record(self) -> NormRecord:
@@ -201,7 +213,8 @@ class Layout:
 
     def weight(self, *index: Any) -> Any:
         """Return which weight the element at `index` uses: a flat index into `affine_shape`."""
-        channel = self.flat(*index) // self.inner % self.size
+        flat = self.flat(*index)
+        channel = flat // max(self.span, 1) * self.size + flat // self.inner % self.size
         if self.affine_order is None:
             return channel
         lengths = tuple(self.affine_shape[a] for a in self.affine_order)
@@ -225,10 +238,14 @@ def _by_channel(rule: NormRecord, shape: tuple[int, ...], channel_axis: int, num
         if not 1 <= num_groups <= max(channels, MOST_GROUPS_OF_NOTHING) or channels % num_groups:
             raise ValueError(f"num_groups: expected a divisor of the {channels} channels, got {num_groups}")
         parts = [(num_groups, GROUP), (channels // num_groups, CHANNEL)]
+    by_sample = rule.weights_by_sample
     named = [(shape[sample_axis], SAMPLE, sample_axis)]
     named += [(length, role, channel_axis) for length, role in parts]
     named += [(shape[a], SPACE, a) for a in range(ndim) if a not in (sample_axis, channel_axis)]
-    return [_Axis(length, role, axis, role in rule.reduced, role in rule.affine_roles) for length, role, axis in named]
+    return [
+        _Axis(length, role, axis, role in rule.reduced, role in rule.affine_roles or (role == SAMPLE and by_sample))
+        for length, role, axis in named
+    ]
 
 
 def _by_normalized(rule: NormRecord, shape: tuple[int, ...], axis: tuple[int, ...] | None) -> list[_Axis]:
@@ -238,11 +255,21 @@ def _by_normalized(rule: NormRecord, shape: tuple[int, ...], axis: tuple[int, ..
         raise ValueError(f"axis: expected one or more different axes of shape {shape}, got {axis}")
     normalized = [a % ndim for a in axis]
     named = [(a, OUTER) for a in range(ndim) if a not in normalized] + [(a, NORMALIZED) for a in normalized]
-    return [_Axis(shape[a], role, a, role in rule.reduced, role in rule.affine_roles) for a, role in named]
+    sample = named[0][0] if rule.weights_by_sample else None
+    return [
+        _Axis(shape[a], role, a, role in rule.reduced, role in rule.affine_roles or (role == OUTER and a == sample))
+        for a, role in named
+    ]
 
 
-def _maps(memory: list[_Axis]) -> tuple[tuple[int, int, int, int], int, int] | None:
-    """Return (view, inner, size) of axes in the order of memory, or None where the two maps have other forms."""
+def _weighted(axes: list[_Axis], rule: NormRecord) -> list[int]:
+    """Return the array's axes that a weight has, too: by their order in it; of length 1 where it must broadcast."""
+    spread = rule.weights_by_sample and not rule.by_channel
+    return list(dict.fromkeys(a.axis for a in axes if a.affine or (spread and a.role == OUTER)))
+
+
+def _maps(memory: list[_Axis]) -> tuple[tuple[int, int, int, int], int, int, int] | None:
+    """Return (view, span, inner, size) of axes in memory's order, or None where the two maps have other forms."""
     axes = [a for a in memory if a.length != 1]
     runs: list[list[_Axis]] = []
     for a in axes:
@@ -265,22 +292,27 @@ def _maps(memory: list[_Axis]) -> tuple[tuple[int, int, int, int], int, int] | N
         view = k0, r0, k1, r1[0] if r1 else 1
     else:
         return None
+    span = whole = prod(a.length for a in memory)
     weighted = [i for i, a in enumerate(axes) if a.affine]
     if not weighted:
-        return view, max(prod(lengths), 1), 1
+        return view, whole, max(whole, 1), 1
     first, last = weighted[0], weighted[-1]
     if last - first + 1 != len(weighted):
-        return None
-    return view, prod(a.length for a in axes[last + 1 :]), prod(axes[i].length for i in weighted)
+        if first != 0 or axes[0].reduced or axes[0].role not in (SAMPLE, OUTER):
+            return None
+        span, first = whole // max(axes[0].length, 1), weighted[1]
+        if last - first + 2 != len(weighted):
+            return None
+    return view, span, prod(a.length for a in axes[last + 1 :]), prod(a.length for a in axes[first : last + 1])
 
 
-def _separable(view: tuple[int, int, int, int], inner: int, size: int) -> bool:
-    """Tell whether a weight's elements all lie under one k1, or its index is that of R0."""
+def _separable(view: tuple[int, int, int, int], span: int, inner: int, size: int) -> bool:
+    """Tell whether a weight's elements, of each sample, all lie under one k1, or its index is that of R0."""
     _, r0, k1, r1 = view
     return size == 1 or inner * size == k1 * r1 or (r1 == 1 and inner == k1 and size == r0)
 
 
-def _permutation(source: list[_Axis], target: list[_Axis]) -> tuple[int, ...] | None:
+def _permutation(source: list[Any], target: list[Any]) -> tuple[int, ...] | None:
     """Return the transposition that brings `source` into the order of `target`, or None if it already is."""
     order = tuple(source.index(a) for a in target)
     return None if order == tuple(range(len(order))) else order

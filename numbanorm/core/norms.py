@@ -24,8 +24,9 @@ SCALES = ("std", "l2")
 
 STD, L2 = SCALES
 
-AFFINE_MAPS = ("elementwise", "scalar")
-"""What shares a weight: each channel or normalized element has its own, or one number serves all elements."""
+AFFINE_MAPS = ("elementwise", "scalar", "sample")
+"""What shares a weight: each channel or normalized element has its own; one number serves all elements; each channel or
+normalized element of each sample has its own, as in AdaLN and FiLM."""
 
 TRACKING = ("never", "optional", "usual")
 """Whether running statistics of the channels are kept."""
@@ -79,7 +80,7 @@ class NormRecord:
     grouped: bool = False
     centred: bool = True
     scale: Literal["std", "l2"] = "std"
-    affine: Literal["elementwise", "scalar"] = "elementwise"
+    affine: Literal["elementwise", "scalar", "sample"] = "elementwise"
     bias: bool = True
     affine_by_default: bool = True
     eps: float | None = 1e-5
@@ -118,8 +119,13 @@ class NormRecord:
 
     @property
     def affine_roles(self) -> frozenset[str]:
-        """Roles of the axes along which weights differ."""
-        return frozenset({GROUP, CHANNEL, NORMALIZED}) if self.affine == "elementwise" else frozenset()
+        """Roles of the axes along which weights differ, within a sample."""
+        return frozenset() if self.affine == "scalar" else frozenset({GROUP, CHANNEL, NORMALIZED})
+
+    @property
+    def weights_by_sample(self) -> bool:
+        """Whether each sample has weights of its own: no layer can hold them, and no chunk of samples shares them."""
+        return self.affine == "sample"
 
     @property
     def weights_within_groups(self) -> bool:

@@ -120,6 +120,8 @@ def plan(
     _, r0, k1, r1 = layout.view
     short = SHORT_RUN if r0 < MANY_RUNS else 4 * SHORT_RUN
     columns = r1 < short and k1 > 1 and (r0 > 1 or r1 == 1)
+    if columns and not separable and layout.record.weights_by_sample:  # a lane's weight is the same in all its rows
+        return plan(norm, options, shape, x, y, mask, separable=True)
     reordered = tuple(shape[a] for a in layout.order)
     strides = tuple(prod(reordered[i + 1 :]) for i in range(len(shape)))
     packed = _place(layout, columns, tuple(strides[layout.order.index(a)] for a in range(len(shape))), 1)

@@ -43,6 +43,7 @@ from .rows_backward import (
     products_from,
     room_for,
     run_sums,
+    weight_of_slab,
 )
 from .sums import UNIT_GROUPS
 from .welford import BLOCK, least, shift_of
@@ -329,6 +330,7 @@ def _backward_unit(unit, dy, x, dx, weight, counts_of, means, rstds, gradients, 
     centred = g.centred != 0
     k1 = unit % g.K1
     slab = unit // g.K1
+    weight = weight_of_slab(weight, slab, g)
     start = slab * g.K0 // g.slabs
     stop = (slab + 1) * g.K0 // g.slabs
     count = load(counts_of, 0)

@@ -13,7 +13,7 @@ from ..core.plan import M2, Plan
 from . import along_backward, columns_backward, rows, rows_backward
 from .address import Address, address_type
 from .bound import BOOL, FLOAT64_ADDRESS, GEOMETRY_ADDRESS, NONE, Bound, kind_of
-from .engine import may_share, threads_for
+from .engine import may_share, on_threads
 from .launch import by_row, geometry_of_backward, gradients_of, group_of_lanes, is_along, is_long, tiles_of
 from .moments import ChunkMoments
 
@@ -28,7 +28,7 @@ COST = 2
 
 _NO_MEAN = np.zeros(1)
 
-Counts = Callable[[Any, Any, Any], np.ndarray]
+Counts = Callable[[int, Any, Any, Any], np.ndarray]
 """Of x, mask and rstd: what makes, for each group, the count that its formula divides by."""
 
 
@@ -40,7 +40,7 @@ class _Work:
         layout = call.plan.layout
         self.geometry = geometry_of_backward(call, counted)
         self.lane_dtype = call.form.lane
-        self.one = np.ones(layout.size, call.form.lane)
+        self.one = np.ones(layout.weights, call.form.lane)
         self.lane = address_type(call.form.lane)
         self.mask = NONE if call.mask is None or fixed else Address(BOOL)
         self.reads = kind_of(call.dy), kind_of(call.x)
@@ -185,19 +185,20 @@ def prepare_backward(call: Backward, fixed: bool = False) -> Launch:
         return whole.alone(count)
     few = _few_units(plan, work.geometry)
 
-    def launch(dy: Any, x: Any, dx: Any, mask: Any, weight: Any, mean: Any, rstd: Any, gradients: Any) -> Any:
+    def run(
+        threads: int, dy: Any, x: Any, dx: Any, mask: Any, weight: Any, mean: Any, rstd: Any, gradients: Any
+    ) -> Any:
         mask = None if fixed else mask
-        of = count if counts is None else counts(x, mask, rstd)
+        of = count if counts is None else counts(threads, x, mask, rstd)
         w = work.one if weight is None else weight
         arrays = (dy, x, dx, mask, w, of, _NO_MEAN if mean is None else mean, rstd, gradients)
-        threads = threads_for(COST * plan.size)
         if whole is not None and not few < threads:
             return whole(threads, *arrays)
         if not split:
             split.append(_ColumnsSplit(work) if plan.columns else _RowsSplit(work, False))
         return split[0](threads, *arrays)
 
-    return launch
+    return on_threads(COST * plan.size, run)
 
 
 def _few_units(plan: Plan, geometry: np.ndarray) -> float:
@@ -223,9 +224,9 @@ def _marked(call: Backward) -> Counts:
     plan = call.plan
     kernel = Bound(rows.count, geometry_of_backward(call), (), Address(BOOL), FLOAT64_ADDRESS)
 
-    def counts(x: Any, mask: Any, rstd: Any) -> np.ndarray:
+    def counts(threads: int, x: Any, mask: Any, rstd: Any) -> np.ndarray:
         result = np.empty(plan.layout.groups)
-        kernel.on(threads_for(COST * plan.size), mask, result)
+        kernel.on(threads, mask, result)
         return result
 
     return counts
@@ -237,9 +238,9 @@ def _unclamped(call: Backward) -> Counts:
     work = _Work(call)
     moments = ChunkMoments(plan, work.geometry, work.x, NONE, work.lane)
 
-    def counts(x: Any, mask: Any, rstd: Any) -> np.ndarray:
+    def counts(threads: int, x: Any, mask: Any, rstd: Any) -> np.ndarray:
         stats = np.empty((4, plan.layout.groups))
-        moments(threads_for(COST * plan.size), x, None, work.one, stats, 0.0)
+        moments(threads, x, None, work.one, stats, 0.0)
         with np.errstate(all="ignore"):
             clamped = np.sqrt(stats[M2]) * rstd.ravel("K") < 1.0 - CLAMPED
         return np.where(clamped, 0.0, 1.0)
@@ -258,24 +259,24 @@ def prepare_partial_sums(call: Backward) -> Launch:
     if not plan.columns:
         split = _RowsSplit(work, _weights_along(plan))
 
-        def rows_launch(dy: Any, x: Any, weight: Any, mean: Any, rstd: Any, sums: np.ndarray) -> Any:
+        def of_rows(threads: int, dy: Any, x: Any, weight: Any, mean: Any, rstd: Any, sums: np.ndarray) -> Any:
             w, m = work.one if weight is None else weight, _NO_MEAN if mean is None else mean
-            return split.sums(threads_for(COST * plan.size), dy, x, w, m, rstd, sums)
+            return split.sums(threads, dy, x, w, m, rstd, sums)
 
-        return rows_launch
+        return on_threads(COST * plan.size, of_rows)
     columns = _ColumnsSplit(work)
     groups, lanes = group_of_lanes(plan, work.geometry), int(work.geometry[0]["lanes"])
 
-    def launch(dy: Any, x: Any, weight: Any, mean: Any, rstd: Any, sums: np.ndarray) -> Any:
+    def of_columns(threads: int, dy: Any, x: Any, weight: Any, mean: Any, rstd: Any, sums: np.ndarray) -> Any:
         w, m = work.one if weight is None else weight, _NO_MEAN if mean is None else mean
-        problem, table = columns.sums(threads_for(COST * plan.size), dy, x, w, m, rstd)
+        problem, table = columns.sums(threads, dy, x, w, m, rstd)
         sums[...] = 0.0
         with np.errstate(all="ignore"):
             for total, row in zip(sums, table.sum(axis=1).transpose(1, 0, 2).reshape(2, -1), strict=True):
                 np.add.at(total, groups, row[:lanes])
         return problem
 
-    return launch
+    return on_threads(COST * plan.size, of_columns)
 
 
 def prepare_partial_gradient(call: Backward) -> Launch:
@@ -289,13 +290,13 @@ def prepare_partial_gradient(call: Backward) -> Launch:
     emit = _emit_columns(work) if plan.columns else _emit_rows(work)
     one = np.ones(1)
 
-    def launch(
-        dy: Any, x: Any, dx: Any, mask: Any, weight: Any, mean: Any, rstd: Any, means: Any, gradients: Any
+    def run(
+        threads: int, dy: Any, x: Any, dx: Any, mask: Any, weight: Any, mean: Any, rstd: Any, means: Any, gradients: Any
     ) -> Any:
         w, m = work.one if weight is None else weight, _NO_MEAN if mean is None else mean
-        return emit(means, gradients, threads_for(COST * plan.size), dy, x, dx, mask, w, one, m, rstd)
+        return emit(means, gradients, threads, dy, x, dx, mask, w, one, m, rstd)
 
-    return launch
+    return on_threads(COST * plan.size, run)
 
 
 def _weights_along(plan: Plan) -> bool:

@@ -14,7 +14,7 @@ from numba import prange
 from ..core.plan import COUNT, M2, MEAN, RSTD
 from .address import record
 from .claims import claim
-from .dtypes import counts, lane, load, pointer, room, store
+from .dtypes import counts, lane, load, pointer, room, shifted, store
 from .guard import clash
 from .jit import Kernel, elementwise, inlined, scalar
 from .lanes import (
@@ -507,6 +507,8 @@ def _forward_tile(unit, x, y, mask, weight, bias, stats, g, eps, by_row):
     centred = g.centred != 0
     tiles = -(-g.lanes // g.tile)
     k0 = unit // tiles
+    of_sample = k0 * g.samples // g.K0 * g.size
+    weight, bias = shifted(weight, of_sample), shifted(bias, of_sample)
     first = unit % tiles * g.tile
     width = least(g.tile, g.lanes - first)
     sums = room(weight, _SUMS_ROOM)
@@ -626,6 +628,8 @@ def _apply_unit(unit, x, y, weight, bias, stats, g, by_row):
     first = unit % tiles * g.tile
     chunk = unit // tiles % pieces * g.piece_chunks
     k0 = unit // (tiles * pieces)
+    of_sample = k0 * g.samples // g.K0 * g.size
+    weight, bias = shifted(weight, of_sample), shifted(bias, of_sample)
     width = least(g.tile, g.lanes - first)
     stop = least(chunk + g.piece_chunks, g.chunks)
     _write_tile(x, y, weight, bias, stats, g, k0, first, width, chunk, stop, by_row)

@@ -33,7 +33,7 @@ from .lanes import (
     until_line,
     width_of,
 )
-from .rows_backward import add_to, clear_gradients, finish_gradients
+from .rows_backward import add_to, clear_gradients, finish_gradients, weight_of_slab
 from .welford import least, most
 
 FLUSH_ROWS = 64
@@ -276,6 +276,7 @@ def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradi
     slab = unit // own
     items = g.K0 * tiles // own
     of_slab = shifted(gradients, slab * 2 * g.size)
+    weight = weight_of_slab(weight, slab, g)
     for item in range(slab * items // slabs, (slab + 1) * items // slabs):
         k0 = item // tiles if by_row else item
         first = (item if by_row else unit) % tiles * g.tile

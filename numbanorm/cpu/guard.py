@@ -31,7 +31,7 @@ def clash(geometry, y, x, residual, mask, weight, bias):
     if y_at == 0:
         return 0
     start, stop = y_at + g.y_low, y_at + g.y_high
-    parameters = g.size * g.lane_itemsize
+    parameters = g.samples * g.size * g.lane_itemsize
     same = g.same != 0
     if not (same and x_at == y_at) and _meets(start, stop, x_at, g.x_low, g.x_high):
         return OVERLAP

@@ -128,7 +128,7 @@ TABLE_BYTES = 1 << 20
 """Bound on the partial moments of all chunks of the columns kernel, at 24 bytes a lane."""
 
 _FIELDS = """
-    K0 R0 K1 R1 inner size centred scale
+    K0 R0 K1 R1 samples inner size centred scale
     x_K0 x_R0 x_K1 y_K0 y_R0 y_K1 mask_K0 mask_R0 mask_K1 mask_R1
     x_itemsize y_itemsize lane_itemsize x_low x_high y_low y_high mask_low mask_high same
     mean_step count_step slabs gradients
@@ -154,9 +154,9 @@ def geometry(plan: Plan, affine: bool, itemsize: int = 4) -> np.ndarray:
         target = plan.y or plan.packed
         g["K0"], g["R0"], g["K1"], g["R1"] = layout.view
         if affine:
-            g["inner"], g["size"] = layout.inner, layout.size
+            g["samples"], g["inner"], g["size"] = layout.samples, layout.inner, layout.size
         else:
-            g["inner"], g["size"] = max(plan.size, 2), 1
+            g["samples"], g["inner"], g["size"] = 1, max(plan.size, 2), 1
         _write(g, "x", source)
         _write(g, "y", target)
         mask = plan.mask or plan.packed
@@ -359,8 +359,10 @@ def gradients_of(geometry: np.ndarray) -> int:
 def _slabs(plan: Plan, geometry: np.ndarray) -> int:
     """Return into how many slabs, from the shape alone, a backward cuts its work, each with gradients of its own."""
     k0, _, k1, _ = plan.layout.view
+    samples = plan.layout.samples
     items, own = k0, k1  # items of work on each set of weights, and such sets
     if plan.columns:
         tiles = tiles_of(geometry) // k0
         items, own = (k0 * tiles, 1) if by_row(plan, geometry) else (k0, tiles)
-    return max(1, min(items, MAX_SLABS // own, TABLE_BYTES // (16 * plan.layout.size), plan.size // SLAB_ELEMENTS))
+    of_sample = (items, MAX_SLABS // own, TABLE_BYTES // (16 * plan.layout.size), plan.size // SLAB_ELEMENTS)
+    return samples * max(1, min(n // samples for n in of_sample))

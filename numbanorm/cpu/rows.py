@@ -12,7 +12,7 @@ from numba import prange
 from ..core.plan import COUNT, M2, MEAN, RSTD
 from .address import record
 from .claims import claim
-from .dtypes import counts, lane, load, pointer, retyped, room, store
+from .dtypes import counts, lane, load, pointer, retyped, room, shifted, store
 from .guard import clash
 from .jit import Kernel, inlined, scalar
 from .lanes import (
@@ -565,6 +565,12 @@ def _write_narrow(x, residual, total, y, weight, bias, g, base, n, held):
 
 
 @scalar
+def spans_of_sample(g):
+    """Return into how many spans the groups are cut that share weights."""
+    return -(-(g.K0 * g.K1 // g.samples) // g.span_groups)
+
+
+@scalar
 def _forward_span(span, x, residual, total, y, mask, weight, bias, stats, keep, g, eps, pairs, blocks, chunks, narrow):
     """Take some groups, unit by unit: statistics of a unit's groups, then their output, while they are in the cache.
 
@@ -577,8 +583,11 @@ def _forward_span(span, x, residual, total, y, mask, weight, bias, stats, keep, 
     books = room(stats, BOOKS_ROOM)
     carry = (np.int64(0), np.int64(0))
     groups = g.K0 * g.K1
-    first = span * g.span_groups
-    stop = least(first + g.span_groups, groups)
+    own, spans = groups // g.samples, spans_of_sample(g)
+    sample = span // spans
+    first = sample * own + span % spans * g.span_groups
+    stop = least(first + g.span_groups, (sample + 1) * own)
+    weight, bias = shifted(weight, sample * g.size), shifted(bias, sample * g.size)
     k0, k1 = first // g.K1, first % g.K1
     out0, out1 = k0, k1
     base = first
@@ -647,7 +656,7 @@ def _forward_spans(
     job, geometry, x, residual, total, y, mask, weight, bias, stats, keep, eps, pairs, blocks, chunks, narrow
 ):
     g = record(geometry)
-    spans = -(-(g.K0 * g.K1) // g.span_groups)
+    spans = g.samples * spans_of_sample(g)
     span = claim(job, np.int64(-1), spans)
     while span < spans:
         _forward_span(
@@ -758,9 +767,10 @@ def merge_chunks(geometry, table, stats, eps):
 
 
 @scalar
-def _apply_piece(piece, x, y, weight, bias, stats, g, edge, carry):
-    """Normalize some runs, or a part of one, with given statistics."""
-    first = piece // g.across * g.piece_runs
+def _apply_piece(sample, piece, x, y, weight, bias, stats, g, edge, carry):
+    """Normalize some runs of a sample, or a part of one, with given statistics."""
+    runs = g.K0 * g.R0 * g.K1 // g.samples
+    first = sample * runs + piece // g.across * g.piece_runs
     j = piece % g.across * g.chunk_width
     width = least(g.chunk_width, g.R1 - j)
     groups = g.K0 * g.K1
@@ -768,7 +778,7 @@ def _apply_piece(piece, x, y, weight, bias, stats, g, edge, carry):
     r0 = first // g.K1 % g.R0
     k0 = first // (g.K1 * g.R0)
     run = _run_of(g, k0, r0, k1)
-    for _ in range(least(g.piece_runs, g.K0 * g.R0 * g.K1 - first)):
+    for _ in range(least(g.piece_runs, (sample + 1) * runs - first)):
         group = k0 * g.K1 + k1
         mean = load(stats, MEAN * groups + group)
         rstd = load(stats, RSTD * groups + group)
@@ -830,15 +840,25 @@ def _apply_short(piece, x, y, maps, g):
 
 
 @scalar
+def _pieces_of_sample(g):
+    """Return into how many pieces the runs are cut that share weights."""
+    return -(-(g.K0 * g.R0 * g.K1 // g.samples) // g.piece_runs) * g.across
+
+
+@scalar
 def _apply_span(span, x, y, weight, bias, stats, maps, short, g):
-    pieces = -(-(g.K0 * g.R0 * g.K1) // g.piece_runs) * g.across
+    pieces = _pieces_of_sample(g)
+    spans = -(-pieces // g.span_pieces)
+    sample = span // spans
+    span = span % spans
+    weight, bias = shifted(weight, sample * g.size), shifted(bias, sample * g.size)
     edge = room(y, EDGE)
     carry = (np.int64(0), np.int64(0))
     for piece in range(span * g.span_pieces, least((span + 1) * g.span_pieces, pieces)):
         if short:
             _apply_short(piece, x, y, maps, g)
         else:
-            carry = _apply_piece(piece, x, y, weight, bias, stats, g, edge, carry)
+            carry = _apply_piece(sample, piece, x, y, weight, bias, stats, g, edge, carry)
     _write_edge(y, edge, carry)
     if g.stream != 0:
         settle_streams()
@@ -849,8 +869,7 @@ def _apply_spans(job, geometry, x, y, weight, bias, stats, channels):
     g = record(geometry)
     maps = np.empty(3 * channels)
     p_maps = retyped(pointer(maps), weight)
-    pieces = -(-(g.K0 * g.R0 * g.K1) // g.piece_runs) * g.across
-    spans = -(-pieces // g.span_pieces)
+    spans = g.samples * -(-_pieces_of_sample(g) // g.span_pieces)
     span = claim(job, np.int64(-1), spans)
     short = channels > 0 and span < spans and _channel_maps(p_maps, x, weight, bias, stats, g)
     while span < spans:

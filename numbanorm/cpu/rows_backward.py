@@ -254,6 +254,18 @@ def room_for(count, g):
     return count * g.lane_itemsize // 8 + 1
 
 
+@inlined
+def weight_of_slab(weight, slab, g):
+    """Return where the weights of a slab's samples begin: slabs are as many for each set of weights."""
+    return shifted(weight, slab * g.samples // g.slabs * g.size)
+
+
+@inlined
+def weight_of_k0(weight, k0, g):
+    """Return where the weights of the sample of some groups begin."""
+    return shifted(weight, k0 * g.samples // g.K0 * g.size)
+
+
 @scalar
 def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradients, g):
     """Take the samples of one slab at one k1: sums, then dx, while the group is in the cache."""
@@ -265,6 +277,7 @@ def _backward_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, gradi
     n = least(together, g.K1 - k1)  # groups that are taken together
     slab = unit // steps
     slabs = g.slabs
+    weight = weight_of_slab(weight, slab, g)
     channels = 1 if along else most(np.int64(1), g.R1 // g.inner)
     first = k1 * g.R1 // g.inner % g.size
     stream = g.stream != 0
@@ -357,31 +370,39 @@ def clear_gradients(job, geometry, gradients):
 
 
 @elementwise
-def _add_slabs(gradients, result, slabs, n):
+def _add_slabs(gradients, result, slabs, size, apart):
     for slab in range(1, slabs):
-        for i in range(n):
-            store(gradients, i, load(gradients, i) + load(gradients, slab * n + i))
-    for i in range(n):
+        for i in range(2 * size):
+            store(gradients, i, load(gradients, i) + load(gradients, slab * 2 * size + i))
+    for i in range(size):
         store(result, i, load(gradients, i))
+        store(result, apart + i, load(gradients, size + i))
+
+
+@scalar
+def _add_all_slabs(gradients, result, g):
+    slabs = g.gradients // g.samples
+    for sample in range(g.samples):
+        own = shifted(gradients, sample * slabs * 2 * g.size)
+        _add_slabs(own, shifted(result, sample * g.size), slabs, g.size, g.samples * g.size)
 
 
 @scalar
 def finish_gradients(job, geometry, gradients, result):
-    """Add the slabs' gradients, in order, to those of the first; write them, rounded, to `result`.
+    """Add the slabs' gradients, in order, to those of a sample's first; write them, rounded, to `result`.
 
     Unless others work on the job: then `add_slabs` does it once they are done.
     """
     g = record(geometry)
     if not is_shared(job):
-        _add_slabs(gradients, result, g.gradients, 2 * g.size)
+        _add_all_slabs(gradients, result, g)
 
 
 @Kernel
 def add_slabs(geometry, gradients, result):
     """Do what `finish_gradients` does."""
     p_geometry = pointer(geometry)
-    g = record(p_geometry)
-    _add_slabs(pointer(gradients), pointer(result), g.gradients, 2 * g.size)
+    _add_all_slabs(pointer(gradients), pointer(result), record(p_geometry))
 
 
 @scalar
@@ -396,7 +417,7 @@ def _backward_units(job, geometry, dy, x, dx, mask, weight, counts_of, means, rs
 
 @Kernel
 def backward(job, workers, geometry, dy, x, dx, mask, weight, counts_of, means, rstds, gradients, result):
-    """Write dx, and to `result`, shape (2, size), dweight and dbias; return `clash`'s answer.
+    """Write dx, and to `result`, shape (2, samples * size), dweight and dbias; return `clash`'s answer.
 
     `counts_of` and `means` hold one element a group, or one for all. `gradients`, shape (g.gradients, 2, size), are
     the slabs' own; where several threads work on the job they are 0 before, and added up afterwards.
@@ -419,6 +440,7 @@ def _sum_unit(unit, dy, x, weight, means, rstds, table, g):
     group = unit // g.chunks
     one = np.int64(1)
     into = shifted(table, 2 * unit)
+    weight = weight_of_k0(weight, group // g.K1, g)
     _chunk_sums(into, one, dy, x, weight, g, group // g.K1, group % g.K1, one, unit % g.chunks, means, rstds)
 
 
@@ -482,7 +504,8 @@ def _emit_piece(unit, dy, x, dx, mask, weight, counts_of, means, rstds, sums, g)
         rstd = load(rstds, group)
         mean_g = average(load(sums, group), count) if centred else 0.0
         mean_gh = average(load(sums, groups + group), count)
-        _emit(dy, x, dx, mask, weight, None, 0, 0, g, k0, r0, k1, j, stop, mean, rstd, mean_g, mean_gh)
+        own = weight_of_k0(weight, k0, g)
+        _emit(dy, x, dx, mask, own, None, 0, 0, g, k0, r0, k1, j, stop, mean, rstd, mean_g, mean_gh)
     if g.stream != 0:
         settle_streams()
 
@@ -514,34 +537,39 @@ def emit(job, workers, geometry, dy, x, dx, mask, weight, counts_of, means, rstd
 @scalar
 def _emit_lanes_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, sums, result, g):
     centred = g.centred != 0
-    start = unit * BLOCK
+    blocks = -(-g.R1 // BLOCK)
+    sample = unit // blocks
+    weight = shifted(weight, sample * g.size)
+    start = unit % blocks * BLOCK
     stop = least(start + BLOCK, g.R1)
     half = stop - start
     products = np.zeros(room_for(2 * half + 2 * LINE, g))
     gradients = np.zeros((2, half))
     p_products, p_gradients = retyped(pointer(products), weight), pointer(gradients)
     p = products_from(dx, start, p_products, g.lane_itemsize)
-    for k0 in range(g.K0):
+    first = sample * g.K0 // g.samples
+    for k0 in range(first, (sample + 1) * g.K0 // g.samples):
         count = load(counts_of, k0 * g.count_step)
         mean_g = average(load(sums, k0), count) if centred else 0.0
         mean_gh = average(load(sums, g.K0 + k0), count)
         mean, rstd = load(means, k0 * g.mean_step), load(rstds, k0)
         _emit(dy, x, dx, mask, weight, p_products, p, half, g, k0, 0, 0, start, stop, mean, rstd, mean_g, mean_gh)
-        if k0 % FLUSH == FLUSH - 1:
+        if (k0 - first) % FLUSH == FLUSH - 1:
             flush(p_products, p, half, p_gradients, 0, half)
     if g.stream != 0:
         settle_streams()
     flush(p_products, p, half, p_gradients, 0, half)
     products[0] = 0.0
+    of_sample = sample * g.size + start
     for i in range(half):
-        store(result, start + i, gradients[0, i])
-        store(result, g.R1 + start + i, gradients[1, i])
+        store(result, of_sample + i, gradients[0, i])
+        store(result, g.samples * g.size + of_sample + i, gradients[1, i])
 
 
 @scalar
 def _emit_lanes_units(job, geometry, dy, x, dx, mask, weight, counts_of, means, rstds, sums, result):
     g = record(geometry)
-    units = -(-g.R1 // BLOCK)
+    units = g.samples * -(-g.R1 // BLOCK)
     unit = claim(job, np.int64(-1), units)
     while unit < units:
         _emit_lanes_unit(unit, dy, x, dx, mask, weight, counts_of, means, rstds, sums, result, g)
@@ -552,7 +580,7 @@ def _emit_lanes_units(job, geometry, dy, x, dx, mask, weight, counts_of, means, 
 def emit_lanes(job, workers, geometry, dy, x, dx, mask, weight, counts_of, means, rstds, sums, result):
     """Write dx and the gradients of long rows, BLOCK weights at a time over all rows: no gradients of slabs to hold.
 
-    `result` has the shape (2, R1), in lanes' dtype. Return as `backward`.
+    `result` has the shape (2, samples * R1), in lanes' dtype. Return as `backward`.
     """
     p_job, p_geometry = pointer(job), pointer(geometry)
     p_dy, p_x, p_dx, p_mask, p_weight = pointer(dy), pointer(x), pointer(dx), pointer(mask), pointer(weight)

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..backend import Backward, Forward, Launch, Reading
-from ..calls import prepare
+from ..calls import check, prepare
 from ..calls.prepare import FLOAT64
+from ..core.norms import record_of
 from ..core.plan import RSTD, Options
 from ..core.spec import ArraySpec, contiguous
 from . import backend
@@ -376,6 +377,7 @@ def prepared_forward(
 ) -> PreparedForward:
     """Return the prepared call for arrays that look so; arguments and errors are those of `prepare.forward`."""
     arrays = (x, weight, bias, mask, residual, out)
+    check.check_shared_weights(record_of(norm), "for CUDA arrays", weight, bias)
     return PreparedForward(prepare.forward(norm, options, *arrays, writeable=writeable, half_weights=True))
 
 
@@ -392,6 +394,7 @@ def prepared_backward(
     fixed: bool = False,
 ) -> PreparedBackward:
     """Return the prepared call for arrays that look so; arguments and errors are those of `prepare.backward`."""
+    check.check_shared_weights(record_of(norm), "for CUDA arrays", weight)
     return PreparedBackward(prepare.backward(norm, options, x, dy, weight, mean, rstd, mask), fixed)
 
 

@@ -39,6 +39,7 @@ def backward(
     record = record_of(norm)
     source = as_dask(x, "x")
     form = form_of(source)
+    check.check_shared_weights(record, "for dask arrays", weight)
     own = check.options_of(record, source.shape, *options)
     if fixed:
         norm, mask = prepare.of_running_statistics(norm), None

@@ -42,6 +42,7 @@ def forward(request: Request) -> Outcome:
     record = record_of(request.norm)
     x = as_dask(request.x, "x")
     form = form_of(x)
+    check.check_shared_weights(record, "for dask arrays", request.weight, request.bias)
     options = check.options_of(record, x.shape, *request.options)
     eps = form.epsilon if request.eps is None and record.eps is None else check.check_eps(request.eps)
     weight, bias = as_weight(request.weight, "weight", form), as_weight(request.bias, "bias", form)

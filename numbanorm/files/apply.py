@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ..calls import arrays
-from ..calls.check import check_eps, check_float, check_shape, integers, positive
+from ..calls.check import check_eps, check_float, check_shape, check_shared_weights, integers, positive
 from ..calls.prepared import prepared_for
 from ..core.dtypes import Format, format_of
 from ..core.norms import NormRecord, record_of
@@ -345,6 +345,7 @@ class _Work:
             raise ValueError(f"source: expected more than 1 value per channel, got shape {shape}")
         usual = form.epsilon if record.eps is None else record.eps
         self._eps = usual if eps is None else check_eps(eps)
+        check_shared_weights(record, "for files", *parameters.values())
         self._parameters: dict[str, np.ndarray] = {}
         for name, value in parameters.items():
             if value is not None and name not in record.parameters:

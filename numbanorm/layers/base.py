@@ -145,6 +145,8 @@ class Norm(metaclass=_Dispatch):
         self._shape = shape
         self.device = "cpu"
         self.eps: Any = None if eps is None and record.eps is None else check.check_eps(eps)
+        if affine and record.weights_by_sample:
+            raise ValueError(f"affine: expected False, {record.title} has weights for each sample, given in the call")
         own = shape if record.affine_roles else ()
         self._affine_shape = own
         self.weight = np.ones(own, np.float32) if affine else None

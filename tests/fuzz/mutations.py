@@ -41,7 +41,7 @@ MUTATIONS = [
     ("cpu/rows_backward.py", "return total * (1.0 / count)", "return total * (1.0 / (count + 1.0))"),
     ("cpu/along_backward.py", "return fused(d, h, of_h), of_d + d", "return fused(d, h, of_h), d"),
     ("cpu/along_backward.py", "* scale, fused(d, h, of_h), of_d + d", "* scale, of_h, of_d + d"),
-    ("cpu/rows_backward.py", "slab * n + i", "i"),
+    ("cpu/rows_backward.py", "slab * 2 * size + i", "i"),
     ("cpu/along_backward.py", "g, k0, k1), _row_at(maps, x, i + 1, g,", "g, k0, k1), _row_at(maps, x, i, g,"),
     ("cpu/along_backward.py", "dx_at += 2 * dx_step", "dx_at += dx_step"),
     ("cpu/along_backward.py", "load(means, group * mean_step)", "load(means, 0)"),
@@ -101,7 +101,7 @@ MUTATIONS = [
     ("cpu/running.py", "new_var if n > 0.0 else old_var", "new_var"),
     ("cpu/running.py", "sample * g.run_sample_step + channel", "sample + channel"),
     ("cpu/running.py", "if not is_shared(job):", "if is_shared(job):"),
-    ("cpu/claims.py", "return unit + 1", "return unit + 2"),
+    ("cpu/claims.py", "after = unit + 1", "after = unit + 2"),
 ]
 """The file, what stands there once, and what stands there instead."""
 

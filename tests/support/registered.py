@@ -48,6 +48,33 @@ POSITION_GROUP = NormRecord(
     grouped=True,
 )
 
+_ROWS, _SPACE = frozenset({"normalized"}), frozenset({"space"})
+ADAPTIVE_LAYER = NormRecord(kind="adaptive-layer", title="AdaLN", reduced=_ROWS, affine="sample")
+ADAPTIVE_RMS = NormRecord(
+    kind="adaptive-rms", title="AdaRMSNorm", reduced=_ROWS, centred=False, bias=False, affine="sample"
+)
+ADAPTIVE_INSTANCE = NormRecord(
+    kind="adaptive-instance", title="AdaIN", reduced=_SPACE, by_channel=True, affine="sample"
+)
+ADAPTIVE_GROUP = NormRecord(
+    kind="adaptive-group",
+    title="AdaGN",
+    reduced=frozenset({"channel", "space"}),
+    by_channel=True,
+    grouped=True,
+    affine="sample",
+)
+ADAPTIVE_BATCH = NormRecord(
+    kind="adaptive-batch",
+    title="ConditionalBN",
+    reduced=frozenset({"sample", "space"}),
+    by_channel=True,
+    affine="sample",
+)
+
+ADAPTIVE = (ADAPTIVE_LAYER, ADAPTIVE_RMS, ADAPTIVE_INSTANCE, ADAPTIVE_GROUP, ADAPTIVE_BATCH)
+"""Norms with weights for each sample."""
+
 UNUSUAL = (SCALE, POSITION, WHOLE, CHANNEL_RMS, BATCH_GROUP, POSITION_GROUP)
 """What a record can say and none of the norms of the package does."""
 
