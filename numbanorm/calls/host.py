@@ -34,7 +34,10 @@ _PREPARED: dict[Any, Any] = {}
 """What serves calls, by what they look like."""
 
 _LAST: dict[str, tuple[Any, ...]] = {}
-"""What served each norm's last plain call: what its arrays look like, its options, and what served it."""
+_LAST_TRACKED: dict[str, tuple[Any, ...]] = {}
+_LAST_BACKWARD: dict[str, tuple[Any, ...]] = {}
+"""What served each norm's last call of a kind: what its arrays look like, its options, and what served it. To compare
+with it takes half the time of a look-up."""
 
 _NO_EXTRAS = (None, None, None)
 
@@ -68,20 +71,17 @@ def forward(
     try:
         w = weight if weight is None else (weight.shape, weight.strides, weight.dtype)
         b = bias if bias is None else (bias.shape, bias.strides, bias.dtype)
-        if extras is None:
-            last = _LAST.get(norm)  # compared in half the time that a look-up takes
-            if last is not None and x.shape == last[0] and w == last[3] and b == last[4] and options == last[5]:
-                prepared = last[6] if x.strides == last[1] and x.dtype is last[2] else None
-            else:
-                prepared = None
-            if prepared is None:
-                key = norm, options, x.shape, x.strides, x.dtype, w, b
-                prepared = _PREPARED[key]
-                _LAST[norm] = x.shape, x.strides, x.dtype, w, b, options, prepared
+        e = extras if extras is None else looks(*extras)
+        last = _LAST.get(norm)
+        if last is not None and x.shape == last[0] and w == last[3] and b == last[4] and options == last[5]:
+            prepared = last[7] if x.strides == last[1] and x.dtype is last[2] and e == last[6] else None
         else:
-            key = norm, options, x.shape, x.strides, x.dtype, w, b, look(extras[0]), look(extras[1]), look(extras[2])
+            prepared = None
+        if prepared is None:
+            key = norm, options, x.shape, x.strides, x.dtype, w, b, e
             prepared = _PREPARED[key]
-    except (KeyError, AttributeError, TypeError):
+            _LAST[norm] = x.shape, x.strides, x.dtype, w, b, options, e, prepared
+    except (KeyError, AttributeError, TypeError, ValueError):
         prepared = None
     if (
         prepared is not None
@@ -135,11 +135,14 @@ def tracked(
         w = weight if weight is None else (weight.shape, weight.strides, weight.dtype)
         b = bias if bias is None else (bias.shape, bias.strides, bias.dtype)
         m, v = (mean.shape, mean.strides, mean.dtype), (var.shape, var.strides, var.dtype)
-        key = norm, options, not from_input, x.shape, x.strides, x.dtype, w, b, m, v
-        if extras is not None:
-            key = *key, look(extras[0]), look(extras[1]), look(extras[2])
-        prepared = _PREPARED[key]
-    except (KeyError, AttributeError, TypeError):
+        key = norm, options, not from_input, x.shape, x.strides, x.dtype, w, b, m, v, extras and looks(*extras)
+        last = _LAST_TRACKED.get(norm)
+        if last is not None and key == last[0]:
+            prepared = last[1]
+        else:
+            prepared = _PREPARED[key]
+            _LAST_TRACKED[norm] = key, prepared
+    except (KeyError, AttributeError, TypeError, ValueError):
         prepared = None
     mask, residual, out = extras or _NO_EXTRAS
     if (
@@ -192,8 +195,13 @@ def backward(
             weight if weight is None else (weight.shape, weight.strides, weight.dtype),
             mask if mask is None else (mask.shape, mask.strides, mask.dtype),
         )
-        prepared = _PREPARED[key]
-    except (KeyError, AttributeError, TypeError):
+        last = _LAST_BACKWARD.get(norm)
+        if last is not None and key == last[0]:
+            prepared = last[1]
+        else:
+            prepared = _PREPARED[key]
+            _LAST_BACKWARD[norm] = key, prepared
+    except (KeyError, AttributeError, TypeError, ValueError):
         prepared = None
     if (
         prepared is None
@@ -212,15 +220,19 @@ def backward(
 
 def forget() -> None:
     """Forget what serves calls; the next ones are prepared anew."""
-    _PREPARED.clear()
-    _LAST.clear()
+    for known in (_PREPARED, _LAST, _LAST_TRACKED, _LAST_BACKWARD):
+        known.clear()
     for cached in (*prepared_caches, *gradient_caches):
         cached.cache_clear()
 
 
-def look(array: Any) -> Any:
-    """Return what an array looks like."""
-    return array if array is None else (array.shape, array.strides, array.dtype)
+def looks(mask: Any, residual: Any, out: Any) -> tuple[Any, Any, Any]:
+    """Return what arrays look like."""
+    return (
+        mask if mask is None else (mask.shape, mask.strides, mask.dtype),
+        residual if residual is None else (residual.shape, residual.strides, residual.dtype),
+        out if out is None else (out.shape, out.strides, out.dtype),
+    )
 
 
 def are_plain(given: tuple[Any, ...]) -> bool:
