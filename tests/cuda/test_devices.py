@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from processes import run
+from simulated import passed_in_simulator
+
+TESTS = Path(__file__).parents[1]
 
 
-def test_in_a_process_of_its_own() -> None:
+PARTS = {
+    "devices/test_arguments_on_device.py": 400,
+    "devices/test_calls.py": 700,
+    "devices/test_dask_on_device.py": 60,
+    "devices/test_libraries.py": 40,
+    "devices/test_norms_on_device.py": 40,
+    "devices/test_partials_on_device.py": 50,
+    "devices/test_running_on_device.py": 90,
+    "gpu/test_behaviour.py": 40,
+    "gpu/test_functions.py": 650,
+}
+"""Files of tests, and how many tests of each pass at least."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", PARTS)
+def test_in_a_process_of_its_own(part: str) -> None:
     """Numba's simulator must be chosen before numba.cuda is imported, and holds for a whole process."""
     pytest.importorskip("numba_cuda", reason="needs numba-cuda: pip install numbanorm[cuda]")
     pytest.importorskip("greenlet", reason="the simulator needs greenlet")
-    tests = Path(__file__).parents[1]
-    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests / "devices"), str(tests / "gpu")],
-        env=own | {"NUMBA_ENABLE_CUDASIM": "1"},
-        cwd=tests.parent,
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        check=False,
-    )
-    summary = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
-    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-2000:]}"
-    passed = re.search(r"(\d+) passed", summary)
-    assert passed
-    assert int(passed[1]) > 2000
+    assert passed_in_simulator(str(TESTS / part)) >= PARTS[part]
+
+
+def test_no_part_is_left_out() -> None:
+    found = {f"{folder}/{file.name}" for folder in ("devices", "gpu") for file in (TESTS / folder).glob("test_*.py")}
+    assert found == set(PARTS)
 
 
 ASKS = """
