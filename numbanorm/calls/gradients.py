@@ -26,8 +26,10 @@ class PreparedBackward:
         "_call",
         "_fixed",
         "_gradients",
+        "_kind",
         "_lane",
         "_launch",
+        "_narrow",
         "_options",
         "_output",
         "_pack",
@@ -45,6 +47,8 @@ class PreparedBackward:
         self._gradients = (2, layout.weights)
         self._shape = layout.affine_shape
         self._rows = len(call.record.parameters)
+        self._kind = call.gradient.dtype
+        self._narrow = self._narrowing() if call.packed_gradient is not None and call.plan.size else None
         self._plain = not self._pack and call.deliver is None and call.packed_gradient is None and call.plan.size > 0
         self._launch = backend().prepare_backward(call, fixed) if call.plan.size else None
 
@@ -70,7 +74,17 @@ class PreparedBackward:
         if call.deliver is not None:
             packed_dx, dx = dx, new(call.deliver)
             np.copyto(dx, packed_dx)
+        if self._narrow is not None:
+            gradients, lanes = _empty((2, *self._shape), self._kind), gradients
+            self._narrow(lanes, gradients, lanes.size)
+            return (dx, gradients[0, ...], gradients[1, ...]) if self._rows == 2 else (dx, gradients[0, ...])
         return dx, *(self._as_given(gradients[row]) for row in range(self._rows))
+
+    def _narrowing(self) -> Any:
+        """Return what converts gradients to half precision, in a quarter of NumPy's time, where that is all."""
+        if self._call.plan.layout.affine_order is not None:
+            return None
+        return backend().prepare_conversion(self._lane, self._kind)
 
     def _as_given(self, gradient: np.ndarray) -> np.ndarray:
         """Return a gradient in the dtype and order of the weight."""

@@ -58,8 +58,8 @@ def _copier(reading: Reading) -> Callable[[np.ndarray], np.ndarray]:
     given, spec = reading.given, reading.packed
     assert spec is not None
     factor = spec.dtype.itemsize // given.dtype.itemsize
-    alike = given.dtype.isnative and all(s * factor == t for s, t in zip(given.strides, spec.strides, strict=True))
-    widen = backend().prepare_widening(given.dtype, spec.dtype) if alike and len(spec.shape) == 1 else None
+    alike = all(s * factor == t for s, t in zip(given.strides, spec.strides, strict=True))
+    widen = backend().prepare_conversion(given.dtype, spec.dtype) if alike and len(spec.shape) == 1 else None
     if widen is None:
         return partial(packed, spec=spec)
     n = spec.size

@@ -153,9 +153,10 @@ def prepare_statistics(call: Forward) -> Launch:
     return on_threads(plan.size, run)
 
 
-def prepare_widening(source: np.dtype[Any], target: np.dtype[Any]) -> Launch | None:
-    """Return ``launch(source, target, n)``, which converts halves without gaps; None for other dtypes."""
-    return converter(source, target) if source.itemsize == 2 and target.itemsize == 4 else None
+def prepare_conversion(source: np.dtype[Any], target: np.dtype[Any]) -> Launch | None:
+    """Return ``launch(source, target, n)``, which converts halves without gaps, or to them; None for other dtypes."""
+    half = {source.itemsize, target.itemsize} == {2, 4} and source.isnative and target.isnative
+    return converter(source, target) if half else None
 
 
 @lru_cache
