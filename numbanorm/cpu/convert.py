@@ -1,4 +1,4 @@
-"""Weights of another dtype than kernels read, and their gradients, converted by a kernel four times as fast as NumPy."""
+"""Weights of a dtype that kernels do not read, and their gradients: converted by a kernel, faster than by NumPy."""
 
 from __future__ import annotations
 
