@@ -8,6 +8,7 @@ from typing import Any
 
 import numba
 import pytest
+import sharing
 from hypothesis import HealthCheck, settings
 
 import numbanorm as nn
@@ -22,6 +23,11 @@ settings.register_profile("ci", settings.get_profile("default"), derandomize=Tru
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes long, so that no worker is left with it when the others are done."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """Every test starts on one thread; those about threads take `threads` or set their own."""
@@ -31,12 +37,16 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest, _one_thread: None) -> int:
-    """Run a test on one thread and on two."""
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _one_thread: None) -> Iterator[int]:
+    """Run a test on one thread, and on two with all calls shared that are large enough for Numba's threads."""
     if request.param > numba.config.NUMBA_NUM_THREADS:
         pytest.skip(f"needs {request.param} threads")
+    if request.param > 1:
+        sharing.always(monkeypatch)
+        host.forget()
     nn.set_num_threads(request.param)
-    return request.param
+    yield request.param
+    host.forget()
 
 
 @pytest.fixture
