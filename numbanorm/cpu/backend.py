@@ -6,7 +6,7 @@ It keeps the contract of `numbanorm.backend`. A launch takes NumPy arrays alone,
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,8 @@ from .address import address_type
 from .backward import prepare_backward, prepare_partial_gradient, prepare_partial_sums
 from .bound import BOOL, FLOAT64, FLOAT64_ADDRESS, GEOMETRY_ADDRESS, INT64, NONE, Bound, Kinds
 from .convert import converter
-from .engine import may_share, on_threads
-from .launch import by_row, geometry_of_forward, tiles_of, variants
+from .engine import may_share, may_split, on_threads
+from .launch import by_row, geometry_of_forward, tiles_of, units_of_apply, variants
 from .moments import ChunkMoments
 
 __all__ = [
@@ -48,13 +48,15 @@ def prepare_forward(call: Forward) -> Launch:
         fused = Bound(columns.forward, geometry, (by_row(plan, geometry),), *arrays, FLOAT64, BOOL)
     else:
         fused = Bound(rows.forward, geometry, variants(geometry, call.mask is None), *arrays, FLOAT64, BOOL)
-    if not may_share(plan.size):
+    if not may_share(plan.size) or (plan.columns and plan.layout.view[0] == 1 and not may_split(plan.size)):
         return fused.alone
     units = tiles_of(geometry) if plan.columns else plan.layout.groups
     split = _Split(call, geometry)
 
     def run(threads: int, *arguments: Any) -> Any:
-        return (fused.on if threads == 1 or units >= threads else split)(threads, *arguments)
+        if threads == 1 or units >= threads:
+            return fused.on(threads, *arguments)
+        return split(threads, *arguments) if may_split(plan.size) else fused.alone(*arguments)
 
     return on_threads(plan.size, run)
 
@@ -112,10 +114,17 @@ def prepare_apply(call: Forward, mean: np.dtype[Any] | None = None, var: np.dtyp
     if not may_share(plan.size):
         return apply.alone
 
+    # With fewer than two units a thread one waits for the other, and they share lines where their columns meet.
+    most = units_of_apply(plan, geometry) // 2
+
+    @cache
+    def filler() -> Launch:
+        return running.given.bound(*given, FLOAT64_ADDRESS, INT64, FLOAT64)
+
     def run(threads: int, x: Any, y: Any, weight: Any, bias: Any, mean: Any, var: Any, stats: Any, eps: float) -> Any:
+        threads = max(min(threads, most), 1)
         if threads > 1 and mean is not None:
-            fill = running.given.bound(*given, FLOAT64_ADDRESS, INT64, FLOAT64)
-            fill(mean, var, stats, plan.layout.groups, eps)
+            filler()(mean, var, stats, plan.layout.groups, eps)
         return apply.on(threads, x, y, weight, bias, mean, var, stats, eps)
 
     return on_threads(plan.size, run)

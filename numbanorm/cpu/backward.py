@@ -13,8 +13,17 @@ from ..core.plan import M2, Plan
 from . import along_backward, columns_backward, rows, rows_backward
 from .address import Address, address_type
 from .bound import BOOL, FLOAT64_ADDRESS, GEOMETRY_ADDRESS, NONE, Bound, kind_of
-from .engine import may_share, on_threads
-from .launch import by_row, geometry_of_backward, gradients_of, group_of_lanes, is_along, is_long, tiles_of
+from .engine import may_share, may_split, on_threads
+from .launch import (
+    by_row,
+    geometry_of_backward,
+    gradients_of,
+    group_of_lanes,
+    is_along,
+    is_long,
+    tiles_of,
+    units_of_backward,
+)
 from .moments import ChunkMoments
 
 CLAMPED = 1e-5
@@ -72,6 +81,7 @@ class _Whole:
         self._work = work
         self._kernel = work.bound(module.backward, *work.writes, FLOAT64_ADDRESS, work.lane)
         self._shape = gradients_of(work.geometry), 2, plan.layout.size
+        self._units = units_of_backward(plan, work.geometry)
         self._add: Launch | None = None
 
     def alone(self, count: np.ndarray) -> Launch:
@@ -88,7 +98,7 @@ class _Whole:
 
     def __call__(self, threads: int, *arguments: Any) -> Any:
         *arrays, gradients = arguments
-        if threads == 1:
+        if threads == 1 or self._units == 1:
             return self._kernel.alone(*arrays, np.empty(self._shape), gradients)
         if self._add is None:
             kinds = GEOMETRY_ADDRESS, FLOAT64_ADDRESS, self._work.lane
@@ -192,8 +202,8 @@ def prepare_backward(call: Backward, fixed: bool = False) -> Launch:
         of = count if counts is None else counts(threads, x, mask, rstd)
         w = work.one if weight is None else weight
         arrays = (dy, x, dx, mask, w, of, _NO_MEAN if mean is None else mean, rstd, gradients)
-        if whole is not None and not few < threads:
-            return whole(threads, *arrays)
+        if whole is not None and not (few < threads and may_split(COST * plan.size)):
+            return whole(1 if few < threads else threads, *arrays)
         if not split:
             split.append(_ColumnsSplit(work) if plan.columns else _RowsSplit(work, False))
         return split[0](threads, *arrays)

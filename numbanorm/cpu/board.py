@@ -18,10 +18,15 @@ DONE = _LINE
 BUSY, TASK, LIMIT, FAILED = 2 * _LINE, 2 * _LINE + 1, 2 * _LINE + 2, 2 * _LINE + 3
 ARGUMENTS = 3 * _LINE
 MOST_ARGUMENTS = 32
-ASLEEP = ARGUMENTS + MOST_ARGUMENTS
+HELPERS = ARGUMENTS + MOST_ARGUMENTS
+STATE, LOCK, OF_HELPER = 0, 1, _LINE
 """Where a board, of int64, holds the ticket; how many batches of units there are (0: nothing to claim yet), and how
 many are done; whether a call is on it; where its task is; how many helpers may take part; whether one of them has
-failed; the arguments; and, for each helper, whether it sleeps."""
+failed; the arguments. For each helper follow, `OF_HELPER` words apart, what it does, and the lock that it waits for
+while it sleeps."""
+
+SLEEPING, AWAKE, CALLED = range(3)
+"""What a helper does; who is not there yet sleeps, and has no lock."""
 
 JOB_BOARD, JOB_SHARED, JOB_LIMIT, JOB_MINE, JOB_FIRST, JOB_CALL, JOB_HELD = range(7)
 JOB_SIZE = 8

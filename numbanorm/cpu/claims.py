@@ -12,20 +12,23 @@ from __future__ import annotations
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .address import Address
 from .board import (
     ARGUMENTS,
-    ASLEEP,
+    AWAKE,
     BUSY,
     CALL_BITS,
+    CALLED,
     COUNT,
     COUNT_BITS,
     DONE,
     FAILED,
     FROM_BACK,
     FROM_FRONT,
+    HELPERS,
     JOB_BOARD,
     JOB_CALL,
     JOB_FIRST,
@@ -34,6 +37,10 @@ from .board import (
     JOB_SHARED,
     JOB_SIZE,
     LIMIT,
+    LOCK,
+    OF_HELPER,
+    SLEEPING,
+    STATE,
     TASK,
     TICKET,
     TOTAL,
@@ -50,10 +57,8 @@ ALONE = np.zeros(JOB_SIZE, np.int64)
 
 
 def new_board(helpers: int) -> np.ndarray:
-    """Return a board for so many helpers; all of them sleep."""
-    board = np.zeros(ASLEEP + helpers, np.int64)
-    board[ASLEEP:] = 1
-    return board
+    """Return a board for so many helpers; there is none yet."""
+    return np.zeros(HELPERS + OF_HELPER * helpers, np.int64)
 
 
 def job_on(board: np.ndarray | None) -> np.ndarray:
@@ -131,6 +136,39 @@ def _run(typing_context, board, job):
     return types.int64(board, job), generate
 
 
+def _python_function(name, result, arguments):
+    """Return an intrinsic that calls a function of Python's on a lock, which needs no lock of Python's own."""
+
+    @intrinsic
+    def call(typing_context, lock):
+        def generate(context, builder, signature, given):
+            kind = ir.FunctionType(result, [_BYTES, *(part.type for part in arguments)])
+            function = cgutils.get_or_insert_function(builder.module, kind, name)
+            builder.call(function, [builder.inttoptr(given[0], _BYTES), *arguments])
+            return context.get_dummy_value()
+
+        return types.none(types.int64), generate
+
+    return call
+
+
+_BYTES = ir.IntType(8).as_pointer()
+_wait_for = _python_function("PyThread_acquire_lock", ir.IntType(32), [ir.Constant(ir.IntType(32), 1)])
+_release = _python_function("PyThread_release_lock", ir.VoidType(), [])
+
+
+@intrinsic
+def _new_lock(typing_context):
+    """Return a lock of Python's, free, or 0 where there is no memory."""
+
+    def generate(context, builder, signature, arguments):
+        kind = ir.FunctionType(_BYTES, [])
+        function = cgutils.get_or_insert_function(builder.module, kind, "PyThread_allocate_lock")
+        return builder.ptrtoint(builder.call(function, []), ir.IntType(64))
+
+    return types.int64(), generate
+
+
 @scalar
 def is_shared(job):
     """Tell whether a job was prepared for several threads, even if it is done alone as the board is taken."""
@@ -206,14 +244,41 @@ def _look_for_work(board, job, helper):
 
 
 @Kernel
+def enlist(board, helper):
+    """Make a place for a helper on a board: it sleeps; return whether there was memory for its lock."""
+    p_board = pointer(board)
+    lock = _new_lock()
+    if lock == 0:
+        return False
+    _wait_for(lock)
+    _tell(p_board, HELPERS + OF_HELPER * helper + LOCK, lock)
+    return True
+
+
+@Kernel
 def serve(board, job, helper, turns):
-    """Help with all calls on a board, until there was none for so many looks."""
+    """Help with all calls on a board for ever: look for one so many times, then sleep until somebody calls."""
     p_board, p_job = pointer(board), pointer(job)
-    left = turns
-    _tell(p_board, ASLEEP + helper, 0)
-    while left > 0:
-        left = turns if _look_for_work(p_board, p_job, helper) else left - 1
-    _tell(p_board, ASLEEP + helper, 1)
+    own = HELPERS + OF_HELPER * helper
+    lock = _look(p_board, own + LOCK)
+    while True:
+        _wait_for(lock)
+        _tell(p_board, own + STATE, AWAKE)
+        left = turns
+        while left > 0:
+            left = turns if _look_for_work(p_board, p_job, helper) else left - 1
+        _tell(p_board, own + STATE, SLEEPING)
+
+
+@Kernel
+def wake(board, number):
+    """Call so many helpers, unless they are awake."""
+    p_board = pointer(board)
+    for helper in range(number):
+        own = HELPERS + OF_HELPER * helper
+        lock = _look(p_board, own + LOCK)
+        if lock != 0 and _swap(p_board, own + STATE, SLEEPING, CALLED):
+            _release(lock)
 
 
 WAITING, FINISHED, LOST = 0, 1, 2

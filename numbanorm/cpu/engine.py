@@ -28,6 +28,9 @@ WAKE_FROM = 1 << 21
 ELEMENTS = 1 << 18
 """Elements for each further helper."""
 
+SPLIT_FROM = 1 << 19
+"""Elements from which a call with too few units is worth several launches: about 100 us on one thread."""
+
 NUMBA_FROM = 1 << 17
 """Elements from which a launch on Numba's threads pays: about 60 us on one thread; a launch takes 2 to 10."""
 
@@ -35,6 +38,11 @@ NUMBA_FROM = 1 << 17
 def may_share(elements: int) -> bool:
     """Tell whether several threads may ever serve a call on so many elements."""
     return elements >= (NUMBA_FROM if threads.uses_numba() else SHARE_FROM)
+
+
+def may_split(elements: int) -> bool:
+    """Tell whether a call with too few units is worth several launches, statistics of parts first."""
+    return elements >= SPLIT_FROM
 
 
 def threads_for(elements: int) -> int:

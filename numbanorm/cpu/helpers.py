@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import threading
-from _queue import SimpleQueue  # `queue` has it, and takes milliseconds to import
 from functools import cache
+from itertools import count
 from time import perf_counter, sleep
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from ..backend import Launch
 from . import claims
-from .board import ASLEEP, JOB_LIMIT
+from .board import HELPERS, JOB_LIMIT, OF_HELPER, SLEEPING
 from .idle import idle_cores
 
 MOST = 256
@@ -20,21 +22,21 @@ MOST = 256
 LOOKS = 1 << 16
 """Looks at the board before a helper sleeps: 20 to 50 us."""
 
-CLOSE = 1e-5
+CLOSE = 2e-5
 """Seconds between calls that follow one another closely: helpers are still awake then."""
 
 _ASK_AGAIN = 1e-3
 """Seconds after which the system is asked anew whether cores are idle, which takes 6 us."""
 
-_TURNS = 1 << 14
-"""Looks of the caller for units that helpers have claimed, before it lets Python's other threads run: some 30 us."""
+_TURNS = 1 << 18
+"""Looks of the caller for units that helpers have claimed, before it sleeps for a while itself: 100 to 250 us."""
 
 _PAUSE = 2e-5
-"""Seconds that it gives them."""
+"""Seconds that it sleeps: it comes back after 100 us at the earliest."""
 
 
 class Helpers:
-    """Threads of Python's that run nothing but compiled code, and wait for Python's lock only when they wake.
+    """Threads of Python's that run nothing but compiled code, and never take Python's lock: a caller would wait for it.
 
     They are started when they are first called, and anew in a forked child.
     """
@@ -45,10 +47,11 @@ class Helpers:
         self._job = claims.job_on(self.board)
         self._ask_at = self._alone_until = 0.0
         self._room: int | None = 0
-        self._calls: list[SimpleQueue[None]] = []
+        self._number = 0
+        self._places = count()
 
     def __len__(self) -> int:
-        return len(self._calls)
+        return self._number
 
     def may_help(self, large: bool) -> bool:
         """Tell whether a call is worth helpers, as it is large or the last one has just ended, and cores were idle."""
@@ -74,38 +77,29 @@ class Helpers:
         return min(number, self._room)
 
     def _awake(self) -> int:
-        asleep = self.board[ASLEEP : ASLEEP + len(self._calls)]
-        return len(asleep) - int(asleep.sum())
+        own = self.board[HELPERS : HELPERS + OF_HELPER * self._number : OF_HELPER]
+        return int(np.count_nonzero(own != SLEEPING))
 
-    def wake(self, number: int) -> None:
-        """Wake so many, unless they are awake; start who is missing."""
-        number = min(number, MOST)
-        if len(self._calls) < number:
-            self._start(number)
-        for helper in range(min(number, len(self._calls))):
-            if self.board[ASLEEP + helper] and self._calls[helper].empty():
-                self._calls[helper].put(None)
+    def start(self, number: int) -> int:
+        """Start who is missing of so many; return how many there are.
 
-    def _start(self, number: int) -> None:
-        """Start who is missing of so many; by no lock, which a signal's handler could not wait for."""
-        while len(self._calls) < number:
-            calls: SimpleQueue[None] = SimpleQueue()
-            own = len(self._calls), calls
-            self._calls.append(calls)
+        By no lock, which a signal's handler could not wait for: of two callers each may start one.
+        """
+        while self._number < min(number, MOST):
+            self._number += 1
             try:
-                threading.Thread(target=self._serve, args=own, name="numbanorm", daemon=True).start()
+                threading.Thread(target=self._serve, name="numbanorm", daemon=True).start()
             except BaseException as error:
-                self._calls.remove(calls)
+                self._number -= 1
                 if isinstance(error, RuntimeError):  # no more threads, or the interpreter ends: the caller does all
-                    return
+                    break
                 raise
+        return min(number, self._number)
 
-    def _serve(self, helper: int, calls: SimpleQueue[None]) -> None:
-        serve, _, _ = compiled()
-        job = self._job.copy()
-        while True:
-            calls.get()
-            serve(self.board, job, helper, LOOKS)
+    def _serve(self) -> None:
+        helper = next(self._places)
+        if helper < MOST and compiled().enlist(self.board, helper):
+            compiled().serve(self.board, self._job.copy(), helper, LOOKS)
 
     def run(self, entry: Launch, number: int, arguments: tuple[Any, ...]) -> Any:
         """Run a kernel with so many helpers.
@@ -115,19 +109,19 @@ class Helpers:
         MemoryError
             If memory has run out for whichever thread. Nobody works on the arrays any more then.
         """
-        _, finish, close = compiled()
+        own = compiled()
         job = self._job.copy()
-        job[JOB_LIMIT] = number
+        job[JOB_LIMIT] = number = self.start(number)
         try:
-            self.wake(number)
+            own.wake(self.board, number)
             problem = entry(job, 1, *arguments)
-            answer = finish(job, _TURNS)
+            answer = own.finish(job, _TURNS)
             while answer == claims.WAITING:
                 self._pause()
-                answer = finish(job, _TURNS)
+                answer = own.finish(job, _TURNS)
         except BaseException:  # an interrupt, too: whoever has claimed a unit writes to arrays of the caller's
-            close(job)
-            while finish(job, _TURNS) == claims.WAITING:
+            own.close(job)
+            while own.finish(job, _TURNS) == claims.WAITING:
                 self._pause()
             raise
         if answer == claims.LOST:
@@ -148,11 +142,27 @@ def helpers() -> Helpers:
     return _helpers
 
 
+class Compiled(NamedTuple):
+    """What helpers run, and what the caller asks and tells."""
+
+    enlist: Launch
+    serve: Launch
+    wake: Launch
+    finish: Launch
+    close: Launch
+
+
 @cache
-def compiled() -> tuple[Launch, Launch, Launch]:
-    """Return what helpers run, and what the caller asks and tells."""
-    job, number = claims.JOB, claims.INT64
-    return claims.serve.bound(job, job, number, number), claims.finish.bound(job, number), claims.close.bound(job)
+def compiled() -> Compiled:
+    """Return it."""
+    words, number = claims.JOB, claims.INT64
+    return Compiled(
+        enlist=claims.enlist.bound(words, number),
+        serve=claims.serve.bound(words, words, number, number),
+        wake=claims.wake.bound(words, number),
+        finish=claims.finish.bound(words, number),
+        close=claims.close.bound(words),
+    )
 
 
 def _after_fork() -> None:

@@ -356,6 +356,24 @@ def gradients_of(geometry: np.ndarray) -> int:
     return int(geometry[0]["gradients"])
 
 
+def units_of_backward(plan: Plan, geometry: np.ndarray) -> int:
+    """Return into how many units a backward's work is cut: each slab at each k1, or each tile of one."""
+    g = geometry[0]
+    if plan.columns:
+        return int(g["slabs"]) * (1 if by_row(plan, geometry) else tiles_of(geometry) // int(g["K0"]))
+    together = int(g["together"]) if g["K0"] == 1 and g["inner"] == g["R1"] and g["size"] == g["K1"] else 1
+    return int(g["slabs"]) * -(-int(g["K1"]) // together)
+
+
+def units_of_apply(plan: Plan, geometry: np.ndarray) -> int:
+    """Return into how many units the work is cut where statistics are given."""
+    g = geometry[0]
+    if plan.columns:
+        return tiles_of(geometry) * -(-int(g["chunks"]) // int(g["piece_chunks"]))
+    pieces = -(-int(g["K0"] * g["R0"] * g["K1"]) // int(g["piece_runs"])) * int(g["across"])
+    return -(-pieces // int(g["span_pieces"]))
+
+
 def _slabs(plan: Plan, geometry: np.ndarray) -> int:
     """Return into how many slabs, from the shape alone, a backward cuts its work, each with gradients of its own."""
     k0, _, k1, _ = plan.layout.view

@@ -26,7 +26,6 @@ import numbanorm as nn
 import numbanorm.cpu
 from numbanorm.cpu import board, engine, helpers
 from numbanorm.cpu.bound import Bound
-from numbanorm.cpu.helpers import Helpers
 from numbanorm.cpu.jit import Kernel
 
 ROWS, WIDTH = 2100, 1024
@@ -167,7 +166,7 @@ def _watched() -> Iterator[tuple[set[str], list[int]]]:
     """Tell which kernels run on several threads, and how many batches of units helpers did; give them time to."""
     shared: set[str] = set()
     helped: list[int] = []
-    launch, wake = Bound.on, Helpers.wake
+    launch, own = Bound.on, helpers.compiled()
 
     def on(bound: Bound, threads: int, *arguments: Any) -> Any:
         problem = launch(bound, threads, *arguments)
@@ -176,13 +175,13 @@ def _watched() -> Iterator[tuple[set[str], list[int]]]:
             helped.append(int(helpers.helpers().board[board.TICKET]) >> board.COUNT_BITS & board.COUNT)
         return problem
 
-    def nap(own: Helpers, number: int) -> None:
-        wake(own, number)
+    def nap(board: Any, number: int) -> None:
+        own.wake(board, number)
         time.sleep(0.001)
 
     with (
         mock.patch.object(Bound, "on", on),
-        mock.patch.object(Helpers, "wake", nap),
+        mock.patch.object(helpers, "compiled", return_value=own._replace(wake=nap)),
         mock.patch.object(helpers, "LOOKS", 1 << 22),
     ):
         yield shared, helped

@@ -29,6 +29,7 @@ from numbanorm.calls import host
 from numbanorm.core.dtypes import format_of
 from numbanorm.cpu import board, jit, launch
 from numbanorm.cpu.address import Address, address_type
+from numbanorm.cpu.helpers import MOST
 from numbanorm.cpu.lanes import LINE, WIDTHS
 
 _WIDTH = {np.dtype(np.float32): WIDTHS[numba.float32], np.dtype(np.float64): WIDTHS[numba.float64]}
@@ -106,6 +107,8 @@ def _write(lanes: np.ndarray, place: Place, index: int, count: int) -> None:
 
 
 _JOBS = threading.Lock()
+_LOCKS: list[threading.Lock] = []
+"""Those that helpers wait for, by their numbers less one."""
 
 
 class StandIns:
@@ -265,8 +268,21 @@ class StandIns:
 
     @staticmethod
     def _at(number: int) -> Place:
-        words = (ctypes.c_int64 * board.ASLEEP).from_address(number)
+        words = (ctypes.c_int64 * (board.HELPERS + board.OF_HELPER * MOST)).from_address(number)
         return Place(np.frombuffer(words, np.int64), 0)
+
+    @staticmethod
+    def _new_lock() -> int:
+        _LOCKS.append(threading.Lock())
+        return len(_LOCKS)
+
+    @staticmethod
+    def _wait_for(lock: int) -> None:
+        _LOCKS[lock - 1].acquire()
+
+    @staticmethod
+    def _release(lock: int) -> None:
+        _LOCKS[lock - 1].release()
 
     @staticmethod
     def _run(board: Place, job: Place) -> int:

@@ -20,6 +20,7 @@ def always(patch: Any = None, elements: int = 1 << 17) -> None:
     change = setattr if patch is None else patch.setattr
     change(engine, "SHARE_FROM", elements)
     change(engine, "WAKE_FROM", 0)
+    change(engine, "SPLIT_FROM", 0)
     change(engine, "ELEMENTS", max(elements // 8, 1))
     change(helpers, "idle_cores", lambda: helpers.MOST)
     change(helpers.helpers(), "_ask_at", 0.0)
