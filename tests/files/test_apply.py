@@ -13,6 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import sharing
 from click.testing import CliRunner, Result
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -60,6 +61,13 @@ def check(y: np.ndarray, expected: np.ndarray, mean_in_std: float = 0.0, dtype: 
     assert np.abs(y - expected).max(initial=0.0) <= allowed * scale
 
 
+def least_std(x: np.ndarray, layout: Layout) -> float:
+    """Return the least standard deviation of a group, at most 1: of few elements some lie close together."""
+    group = np.broadcast_to(layout.statistic(*np.indices(x.shape)), x.shape)
+    found = [float(x[group == g].std()) for g in range(layout.groups)]
+    return min([s for s in found if s > 0], default=1.0) if min(found) < 1 else 1.0
+
+
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_block_gives_the_answer_of_memory(tmp_path: Path, data: st.DataObject) -> None:
@@ -99,7 +107,7 @@ def test_any_block_gives_the_answer_of_memory(tmp_path: Path, data: st.DataObjec
     )
     y = np.load(tmp_path / "y.npy")
     assert y.flags.f_contiguous == x.flags.f_contiguous
-    check(y, by_formula(record, x, weight, bias, **options), mean, dtype)
+    check(y, by_formula(record, x, weight, bias, **options), mean / least_std(x, layout), dtype)
     assert [done for done, _ in told] == sorted(done for done, _ in told)
     assert told[-1][0] == told[-1][1] in (x.nbytes, 2 * x.nbytes)
     assert sorted(os.listdir(tmp_path)) == ["x.npy", "y.npy"]
@@ -574,7 +582,7 @@ def test_kernels_use_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     seen: list[int] = []
     usable = kernel_threads.usable_threads
     monkeypatch.setattr(kernel_threads, "usable_threads", lambda: seen.append(usable()) or seen[-1])
-    monkeypatch.setattr("numbanorm.cpu.engine.SHARE_FROM", 1 << 10)
+    sharing.always(monkeypatch, 1 << 10)
     monkeypatch.setattr(kernel_threads, "get_num_threads", lambda: 2)
     np.save(tmp_path / "x.npy", normal(0, (512, 600), np.float32))  # large enough for threads
     for norm in ("layer", "batch"):
