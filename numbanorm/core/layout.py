@@ -131,7 +131,7 @@ class Layout:
         asked = tuple(range(len(shape))) if order is None else order
         memory = sorted(axes, key=lambda a: asked.index(a.axis))
         maps = _maps(memory)
-        if maps is None or (separable and not _separable(*maps)):
+        if maps is None or (separable and not _separable(maps[0], *maps[2:])):
             # Kept before reduced and weighted axes side by side: in this order both maps always read.
             memory = sorted(axes, key=lambda a: (a.reduced, a.affine != a.reduced))
             asked = tuple(dict.fromkeys(a.axis for a in memory))
@@ -306,7 +306,7 @@ def _maps(memory: list[_Axis]) -> tuple[tuple[int, int, int, int], int, int, int
     return view, span, prod(a.length for a in axes[last + 1 :]), prod(a.length for a in axes[first : last + 1])
 
 
-def _separable(view: tuple[int, int, int, int], span: int, inner: int, size: int) -> bool:
+def _separable(view: tuple[int, int, int, int], inner: int, size: int) -> bool:
     """Tell whether a weight's elements, of each sample, all lie under one k1, or its index is that of R0."""
     _, r0, k1, r1 = view
     return size == 1 or inner * size == k1 * r1 or (r1 == 1 and inner == k1 and size == r0)
