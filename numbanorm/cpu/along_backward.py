@@ -18,8 +18,12 @@ from .lanes import (
     HEAD_FROM,
     LINE,
     all_lanes,
+    choose,
+    first_lanes,
     fused,
+    lanes_for,
     load_lanes,
+    load_part,
     load_some,
     no_lanes,
     prefetch,
@@ -27,6 +31,7 @@ from .lanes import (
     settle_streams,
     store_lanes,
     store_some,
+    store_sums,
     stream_lanes,
     sum_of_lanes,
     until_line,
@@ -70,9 +75,9 @@ def _map_rows(maps, to, x, means, rstds, mean_step, first, step, n):
 
 
 @inlined
-def _h_of(maps, x, i):
+def _h_of(maps, x, i, half):
     """Return lanes (hi, scale, low) of the `i`-th row."""
-    no = no_lanes(x)
+    no = lanes_for(x, half)
     return (
         all_lanes(no, load(maps, _HI + i)),
         all_lanes(no, load(maps, _SCALE + i)),
@@ -83,7 +88,7 @@ def _h_of(maps, x, i):
 @inlined
 def _sum_row(dy, x, weight, maps, sums, i, g, k0, k1):
     """Keep the sums of g and g * h of a unit's `i`-th row."""
-    hi, scale, low = _h_of(maps, x, i)
+    hi, scale, low = _h_of(maps, x, i, None)
     dy_at = k0 * g.y_K0 + k1 * g.y_K1
     x_at = k0 * g.x_K0 + k1 * g.x_K1
     sum_g = sum_gh = 0.0
@@ -96,27 +101,60 @@ def _sum_row(dy, x, weight, maps, sums, i, g, k0, k1):
     store(sums, UNIT_GROUPS + i, sum_gh)
 
 
-@scalar
-def _sum_even_rows(dy, x, weight, maps, sums, n, dy_at, dy_step, x_at, x_step, width, ahead):
-    """Do the same for `n` rows, each a block of whole lanes.
+@inlined
+def _lanes_of_row(dy, x, weight, row, width, ahead, half):
+    """Return the sums of g and g * h of a row of up to a block, in lanes, as `run_sums` adds them up."""
+    dy_at, x_at, hi, scale, low = row
+    a = b = lanes_for(x, half)
+    step = width_of(a)
+    whole = width - width % step
+    for j in range(0, whole, step):
+        if ahead != 0:
+            prefetch_near(a, dy, dy_at + j + ahead)
+            prefetch_near(a, x, x_at + j + ahead)
+        d = load_lanes(a, dy, dy_at + j) * load_lanes(a, weight, j)
+        a = a + d
+        b = fused(d, fused(load_lanes(a, x, x_at + j) - hi, scale, low), b)
+    if whole < width:
+        rest = width - whole
+        d = load_part(a, dy, dy_at + whole, rest) * load_part(a, weight, whole, rest)
+        a = a + d
+        b = b + choose(first_lanes(a, rest), d * fused(load_part(a, x, x_at + whole, rest) - hi, scale, low))
+    return a, b
 
-    Without what `run_sums` needs for rows of any length, some 150 instructions, the CPU looks further ahead.
-    """
-    no = no_lanes(x)
-    for i in range(n):
-        hi, scale, low = _h_of(maps, x, i)
-        a = b = no
-        for j in range(0, width, width_of(no)):
-            if ahead != 0:
-                prefetch_near(no, dy, dy_at + j + ahead)
-                prefetch_near(no, x, x_at + j + ahead)
-            d = load_lanes(no, dy, dy_at + j) * load_lanes(no, weight, j)
-            a = a + d
-            b = fused(d, fused(load_lanes(no, x, x_at + j) - hi, scale, low), b)
+
+@scalar
+def _sum_blocks(dy, x, weight, maps, sums, n, dy_at, dy_step, x_at, x_step, width, ahead, half):
+    """Keep the sums of g and g * h of `n` rows, each of up to a block; by fours, whose lanes are added together."""
+    i = np.int64(0)
+    while i + 4 <= n:
+        hi, scale, low = _h_of(maps, x, i, half)
+        a, e = _lanes_of_row(dy, x, weight, (dy_at, x_at, hi, scale, low), width, ahead, half)
+        dy_at += dy_step
+        x_at += x_step
+        hi, scale, low = _h_of(maps, x, i + 1, half)
+        b, f = _lanes_of_row(dy, x, weight, (dy_at, x_at, hi, scale, low), width, ahead, half)
+        dy_at += dy_step
+        x_at += x_step
+        hi, scale, low = _h_of(maps, x, i + 2, half)
+        c, g = _lanes_of_row(dy, x, weight, (dy_at, x_at, hi, scale, low), width, ahead, half)
+        dy_at += dy_step
+        x_at += x_step
+        hi, scale, low = _h_of(maps, x, i + 3, half)
+        d, h = _lanes_of_row(dy, x, weight, (dy_at, x_at, hi, scale, low), width, ahead, half)
+        dy_at += dy_step
+        x_at += x_step
+        store_sums(a, b, c, d, sums, i)
+        store_sums(e, f, g, h, sums, UNIT_GROUPS + i)
+        i += 4
+    while i < n:
+        hi, scale, low = _h_of(maps, x, i, half)
+        a, b = _lanes_of_row(dy, x, weight, (dy_at, x_at, hi, scale, low), width, ahead, half)
         store(sums, i, sum_of_lanes(a))
         store(sums, UNIT_GROUPS + i, sum_of_lanes(b))
         dy_at += dy_step
         x_at += x_step
+        i += 1
 
 
 @scalar
@@ -131,7 +169,7 @@ def _settle_rows(maps, to, sums, n, count, centred):
 def _row(maps, x, i, dy_at, x_at, dx_at):
     """Return where a unit's `i`-th row lies in dy, x and dx, and what is kept of it, in lanes."""
     no = no_lanes(x)
-    hi, scale, low = _h_of(maps, x, i)
+    hi, scale, low = _h_of(maps, x, i, None)
     return dy_at, x_at, dx_at, hi, scale, low, all_lanes(no, load(maps, _C + i)), all_lanes(no, load(maps, _E + i))
 
 
@@ -210,40 +248,66 @@ def _emit_row(dy, x, dx, weight, maps, i, products, p, g, k0, k1):
 
 
 @scalar
-def _emit_two(dy, x, dx, weight, maps, i, products, p, g, k0, k1, head, line):
-    """Write dx of two rows, `head` elements of each apart, and add to `products`.
+def _emit_pairs(dy, x, dx, weight, maps, i, n, products, p, g, k0, k1, head, line):
+    """Write dx of `n` rows two by two, `head` elements of each apart, and add to `products`.
 
     For a row alone products and weights are most of what is read and written in the L1 cache. What belongs to four
     rows is more than registers hold.
     """
-    a, b = _row_at(maps, x, i, g, k0, k1), _row_at(maps, x, i + 1, g, k0 + 1, k1)
-    step = width_of(no_lanes(x))
-    stop = g.R1 - (g.R1 - head) % step
-    if head > 0:
-        _emit_strips(dy, x, dx, weight, a, b, np.int64(0), head, products, p, g.R1, line)
-    for j in range(head, stop, step):
-        _emit_strips(dy, x, dx, weight, a, b, j, step, products, p, g.R1, line)
-    if stop < g.R1:
-        _emit_strips(dy, x, dx, weight, a, b, stop, g.R1 - stop, products, p, g.R1, line)
-
-
-@scalar
-def _emit_even_rows(dy, x, dx, weight, maps, i, n, products, p, g, k0, k1, line):
-    """Do the same for `n` rows of whole lanes, two by two.
-
-    (1024, 64) takes 26.5 us so on Zen 4, and 31.7 by fours with a call for each four.
-    """
     dy_at, x_at, dx_at = _starts(g, k0, k1)
     dy_step, x_step, dx_step, width = g.y_K0, g.x_K0, g.K1 * g.R1, g.R1
     step = width_of(no_lanes(x))
+    stop = width - (width - head) % step
     for row in range(i, i + n, 2):
         a = _row(maps, x, row, dy_at, x_at, dx_at)
         b = _row(maps, x, row + 1, dy_at + dy_step, x_at + x_step, dx_at + dx_step)
-        for j in range(0, width, step):
+        if head > 0:
+            _emit_strips(dy, x, dx, weight, a, b, np.int64(0), head, products, p, width, line)
+        for j in range(head, stop, step):
             _emit_strips(dy, x, dx, weight, a, b, j, step, products, p, width, line)
+        if stop < width:
+            _emit_strips(dy, x, dx, weight, a, b, stop, width - stop, products, p, width, line)
         dy_at += 2 * dy_step
         x_at += 2 * x_step
         dx_at += 2 * dx_step
+
+
+@inlined
+def _emit_column(dy, x, dx, weight, maps, i, n, products, p, g, k0, k1, j, part, half):
+    """Write up to a vector of dx, from the `j`-th element on, of each of `n` rows.
+
+    The weights, and the products, to which all of the rows add dy * h and dy, stay in registers.
+    """
+    no = lanes_for(x, half)
+    dy_at, x_at, dx_at = _starts(g, k0, k1)
+    gain = load_some(no, weight, j, part)
+    of_h, of_d = load_some(no, products, p + j, part), load_some(no, products, p + g.R1 + j, part)
+    for row in range(i, i + n):
+        hi, scale, low = _h_of(maps, x, row, half)
+        c, e = all_lanes(no, load(maps, _C + row)), all_lanes(no, load(maps, _E + row))
+        h = fused(load_some(no, x, x_at + j, part) - hi, scale, low)
+        d = load_some(no, dy, dy_at + j, part)
+        store_some(fused(d, gain, fused(h, e, c)) * scale, dx, dx_at + j, part)
+        of_h, of_d = fused(d, h, of_h), of_d + d
+        dy_at += g.y_K0
+        x_at += g.x_K0
+        dx_at += g.K1 * g.R1
+    store_some(of_h, products, p + j, part)
+    store_some(of_d, products, p + g.R1 + j, part)
+
+
+@scalar
+def _emit_columns(dy, x, dx, weight, maps, i, n, products, p, g, k0, k1, half):
+    """Write dx of `n` narrow rows into the caches, as many elements of each at a time as there are lanes.
+
+    Rows of 16 take 36 ns each row by row on Zen 4, and 11 so.
+    """
+    step = width_of(lanes_for(x, half))
+    whole = g.R1 - g.R1 % step
+    for j in range(0, whole, step):
+        _emit_column(dy, x, dx, weight, maps, i, n, products, p, g, k0, k1, j, step, half)
+    if whole < g.R1:
+        _emit_column(dy, x, dx, weight, maps, i, n, products, p, g, k0, k1, whole, g.R1 - whole, half)
 
 
 @inlined
@@ -325,7 +389,7 @@ def _stream_pairs(
 
 
 @scalar
-def _backward_unit(unit, dy, x, dx, weight, counts_of, means, rstds, gradients, g):
+def _backward_unit(unit, dy, x, dx, weight, counts_of, means, rstds, gradients, g, pairs, wide, narrow, half):
     """Take the rows of one slab at one k1: sums of a few, then their dx, while they are in the cache."""
     centred = g.centred != 0
     k1 = unit % g.K1
@@ -342,7 +406,7 @@ def _backward_unit(unit, dy, x, dx, weight, counts_of, means, rstds, gradients, 
     sums = room(gradients, _SUMS_ROOM)
     to = slab * 2 * g.size
     p = products_from(dx, (start * g.K1 + k1) * g.R1, p_products, g.lane_itemsize)
-    if stream and whole and g.back_groups == g.K1 == 1 and g.R1 > BLOCK:
+    if pairs is not None:
         start = _stream_pairs(
             start,
             stop,
@@ -367,30 +431,30 @@ def _backward_unit(unit, dy, x, dx, weight, counts_of, means, rstds, gradients, 
     head = until_line(dx, dx_at)
     lines = stream and whole and head == 0
     alike = head == until_line(dx, dx_at + g.K1 * g.R1)
-    head = least(head, g.R1) if alike and g.R1 >= HEAD_FROM else none
+    head = head if alike and g.R1 >= HEAD_FROM else none
     for base in range(start, stop, g.back_groups):  # as in `rows`: no dx waits for its own sums
         n = least(g.back_groups, stop - base)
         _map_rows(maps, none, x, means, rstds, g.mean_step, base * g.K1 + k1, g.K1, n)
-        if whole and g.R1 <= BLOCK:
+        if narrow is not None or g.R1 <= BLOCK:
             dy_at = base * g.y_K0 + k1 * g.y_K1
             x_at = base * g.x_K0 + k1 * g.x_K1
-            _sum_even_rows(dy, x, weight, maps, sums, n, dy_at, g.y_K0, x_at, g.x_K0, g.R1, g.ahead)
+            _sum_blocks(dy, x, weight, maps, sums, n, dy_at, g.y_K0, x_at, g.x_K0, g.R1, g.ahead, half)
         else:
             for i in range(n):
                 _sum_row(dy, x, weight, maps, sums, i, g, base + i, k1)
         _settle_rows(maps, none, sums, n, count, centred)
         i = none
         while i < n:
-            until = least(n - i, FLUSH - (base + i - start) % FLUSH)
-            if until == 1 or (stream and not whole):
-                _emit_row(dy, x, dx, weight, maps, i, p_products, p, g, base + i, k1)
-                done = np.int64(1)
-            elif whole and head == 0:
-                done = until - until % 2
-                _emit_even_rows(dy, x, dx, weight, maps, i, done, p_products, p, g, base + i, k1, lines)
-            else:
-                _emit_two(dy, x, dx, weight, maps, i, p_products, p, g, base + i, k1, head, lines)
-                done = np.int64(2)
+            done = least(n - i, FLUSH - (base + i - start) % FLUSH)
+            if narrow is not None:
+                _emit_columns(dy, x, dx, weight, maps, i, done, p_products, p, g, base + i, k1, half)
+            if wide is not None:
+                if done == 1 or (stream and not whole):
+                    done = np.int64(1)
+                    _emit_row(dy, x, dx, weight, maps, i, p_products, p, g, base + i, k1)
+                else:
+                    done -= done % 2
+                    _emit_pairs(dy, x, dx, weight, maps, i, done, p_products, p, g, base + i, k1, head, lines)
             i += done
             if (base + i - start) % FLUSH == 0:
                 flush(p_products, p, g.R1, gradients, to, g.size)
@@ -401,18 +465,41 @@ def _backward_unit(unit, dy, x, dx, weight, counts_of, means, rstds, gradients, 
 
 
 @scalar
-def _backward_units(job, geometry, dy, x, dx, weight, counts_of, means, rstds, gradients):
+def _backward_units(job, geometry, dy, x, dx, weight, counts_of, means, rstds, gradients, pairs, wide, narrow, half):
     g = record(geometry)
     units = g.slabs * g.K1
     unit = claim(job, np.int64(-1), units)
     while unit < units:
-        _backward_unit(unit, dy, x, dx, weight, counts_of, means, rstds, gradients, g)
+        _backward_unit(unit, dy, x, dx, weight, counts_of, means, rstds, gradients, g, pairs, wide, narrow, half)
         unit = claim(job, unit, units)
 
 
 @Kernel
-def backward(job, workers, geometry, dy, x, dx, mask, weight, counts_of, means, rstds, gradients, result):
-    """Do what `rows_backward.backward` does; `mask` is None."""
+def backward(
+    job,
+    workers,
+    geometry,
+    pairs,
+    wide,
+    narrow,
+    half,
+    dy,
+    x,
+    dx,
+    mask,
+    weight,
+    counts_of,
+    means,
+    rstds,
+    gradients,
+    result,
+):
+    """Do what `rows_backward.backward` does; `mask` is None.
+
+    `pairs`, `wide`, `narrow` and `half` are None, or True where the geometry says so: dx is written beside the sums of
+    the next rows (`_stream_pairs`), by rows, or by columns (`_emit_columns`); half of the usual lanes hold a row. The
+    type tells, so that a first call does not wait for what other arrays take.
+    """
     p_job, p_geometry = pointer(job), pointer(geometry)
     p_dy, p_x, p_dx, p_weight = pointer(dy), pointer(x), pointer(dx), pointer(weight)
     p_counts, p_means, p_rstds, p_gradients = pointer(counts_of), pointer(means), pointer(rstds), pointer(gradients)
@@ -421,6 +508,21 @@ def backward(job, workers, geometry, dy, x, dx, mask, weight, counts_of, means, 
         return problem
     clear_gradients(p_job, p_geometry, p_gradients)
     for _ in prange(workers):
-        _backward_units(p_job, p_geometry, p_dy, p_x, p_dx, p_weight, p_counts, p_means, p_rstds, p_gradients)
+        _backward_units(
+            p_job,
+            p_geometry,
+            p_dy,
+            p_x,
+            p_dx,
+            p_weight,
+            p_counts,
+            p_means,
+            p_rstds,
+            p_gradients,
+            pairs,
+            wide,
+            narrow,
+            half,
+        )
     finish_gradients(p_job, p_geometry, p_gradients, pointer(result))
     return 0

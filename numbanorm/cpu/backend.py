@@ -19,7 +19,7 @@ from .backward import prepare_backward, prepare_partial_gradient, prepare_partia
 from .bound import BOOL, FLOAT64, FLOAT64_ADDRESS, GEOMETRY_ADDRESS, INT64, NONE, Bound, Kinds
 from .convert import converter
 from .engine import may_share, may_split, on_threads
-from .launch import by_row, geometry_of_forward, tiles_of, units_of_apply, variants
+from .launch import affine_ways, by_row, geometry_of_forward, tiles_of, units_of_apply, variants
 from .moments import ChunkMoments
 
 __all__ = [
@@ -95,7 +95,7 @@ class _Split:
 
 
 def _apply(plan: Plan, geometry: np.ndarray, x: Any, kinds: Kinds, mean: Any, var: Any) -> Bound:
-    flags = (by_row(plan, geometry),) if plan.columns else ()
+    flags = (by_row(plan, geometry),) if plan.columns else affine_ways(geometry)
     kernel = columns.apply if plan.columns else rows.apply
     return Bound(kernel, geometry, flags, x, kinds.y, kinds.lane, kinds.lane, mean, var, FLOAT64_ADDRESS, FLOAT64)
 

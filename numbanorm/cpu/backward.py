@@ -23,6 +23,7 @@ from .launch import (
     is_long,
     tiles_of,
     units_of_backward,
+    variants_of_backward,
 )
 from .moments import ChunkMoments
 
@@ -58,9 +59,9 @@ class _Work:
         self.sums = (*self.reads, self.lane, *means, FLOAT64_ADDRESS)
         self.writes = (*self.reads, address_type(call.form.result), self.mask, self.lane, FLOAT64_ADDRESS, *means)
 
-    def bound(self, kernel: Any, *kinds: Any) -> Bound:
+    def bound(self, kernel: Any, *kinds: Any, flags: tuple[Any, ...] = ()) -> Bound:
         """Bind a kernel to the call's geometry."""
-        return Bound(kernel, self.geometry, (), *kinds)
+        return Bound(kernel, self.geometry, flags, *kinds)
 
     @property
     def table(self) -> tuple[int, ...]:
@@ -79,7 +80,8 @@ class _Whole:
         along = work.mask is NONE and not work.fixed and not counted and is_along(plan)
         module = columns_backward if plan.columns else along_backward if along else rows_backward
         self._work = work
-        self._kernel = work.bound(module.backward, *work.writes, FLOAT64_ADDRESS, work.lane)
+        flags = variants_of_backward(work.geometry) if module is along_backward else ()
+        self._kernel = work.bound(module.backward, *work.writes, FLOAT64_ADDRESS, work.lane, flags=flags)
         self._shape = gradients_of(work.geometry), 2, plan.layout.size
         self._units = units_of_backward(plan, work.geometry)
         self._add: Launch | None = None

@@ -16,6 +16,7 @@ from .lanes import (
     chosen_count,
     first_lanes,
     fused,
+    lanes_for,
     load_lanes,
     load_part,
     marked_lanes,
@@ -23,6 +24,7 @@ from .lanes import (
     no_lanes,
     prefetch_near,
     rounded,
+    store_sums,
     sum_of_lanes,
     width_of,
 )
@@ -31,7 +33,8 @@ from .welford import BLOCK, HUGE, PREFIX, TINY, least, merge, settle
 UNIT_GROUPS = 512
 """Groups a unit at most: a thread holds their moments, 12 KiB."""
 
-HELD_ROOM = 3 * UNIT_GROUPS
+HELD_ROOM = 3 * UNIT_GROUPS + 3
+"""Numbers that are kept of a unit's groups; `sum_rows` writes up to three more."""
 
 TOGETHER = 64
 """Groups at most that are taken run by run, all of them of one k0."""
@@ -288,6 +291,46 @@ def sum_block(x, residual, g, k0, k1, held, i, centred):
     store(held, i, sum_of_lanes(s))
     store(held, UNIT_GROUPS + i, sum_of_lanes(q))
     store(held, 2 * UNIT_GROUPS + i, np.float64(k))
+
+
+@inlined
+def _sweep_row(x, residual, at, g, held, i, half):
+    """Return the lanes of the two sums of a unit's `i`-th row around the shift that is kept of it."""
+    no = lanes_for(x, half)
+    return _sweep(x, residual, at, g.R1, all_lanes(no, lane(x, load(held, 2 * UNIT_GROUPS + i))), no, no, g.ahead)
+
+
+@scalar
+def sum_rows(x, residual, g, base, n, held, half, centred):
+    """Do what `sum_block` does for `n` narrow rows by fours, whose lanes are added together.
+
+    What is kept of up to three more, of which the last stands in for those that a four lacks, means nothing.
+    """
+    no = lanes_for(x, half)
+    prefix = least(np.int64(PREFIX), g.R1)
+    share = lane(x, 1.0 / prefix)  # in lanes' own type, as `first_shift`
+    for i in range(0, n, 4):
+        a = (base + i) * g.x_K0
+        b, c, d = a, a, a
+        if i + 4 <= n:
+            b, c, d = a + g.x_K0, a + 2 * g.x_K0, a + 3 * g.x_K0
+        elif i + 1 < n:
+            b = a + g.x_K0
+            c = d = (base + n - 1) * g.x_K0
+        for j in range(2 * UNIT_GROUPS + i, 2 * UNIT_GROUPS + i + 4):
+            store(held, j, 0.0)
+        if centred:
+            v_a, v_b = read_part(no, x, residual, a, prefix), read_part(no, x, residual, b, prefix)
+            v_c, v_d = read_part(no, x, residual, c, prefix), read_part(no, x, residual, d, prefix)
+            store_sums(v_a, v_b, v_c, v_d, held, 2 * UNIT_GROUPS + i)
+            for j in range(2 * UNIT_GROUPS + i, 2 * UNIT_GROUPS + i + 4):
+                store(held, j, np.float64(lane(x, load(held, j)) * share))
+        s_a, q_a = _sweep_row(x, residual, a, g, held, i, half)
+        s_b, q_b = _sweep_row(x, residual, b, g, held, i + 1, half)
+        s_c, q_c = _sweep_row(x, residual, c, g, held, i + 2, half)
+        s_d, q_d = _sweep_row(x, residual, d, g, held, i + 3, half)
+        store_sums(s_a, s_b, s_c, s_d, held, i)
+        store_sums(q_a, q_b, q_c, q_d, held, UNIT_GROUPS + i)
 
 
 @inlined

@@ -120,6 +120,11 @@ class StandIns:
         return np.zeros(_WIDTH[dtype], dtype)
 
     @staticmethod
+    def lanes_for(array: Place, half: bool | None) -> np.ndarray:
+        lanes = StandIns.no_lanes(array)
+        return lanes if half is None else lanes[: len(lanes) // 2]
+
+    @staticmethod
     def no_exact_lanes() -> np.ndarray:
         return np.zeros(WIDTHS[numba.float64])
 
@@ -215,6 +220,10 @@ class StandIns:
             half = len(lanes) // 2
             lanes = lanes[:half] + lanes[half:]
         return np.float64(lanes[0])
+
+    @staticmethod
+    def store_sums(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray, array: Place, index: int) -> None:
+        array.window(index, 4)[...] = [StandIns.sum_of_lanes(lanes) for lanes in (a, b, c, d)]
 
     @staticmethod
     def pointer(array: Any) -> Any:
