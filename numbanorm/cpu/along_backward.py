@@ -26,8 +26,6 @@ from .lanes import (
     load_part,
     load_some,
     no_lanes,
-    prefetch,
-    prefetch_near,
     settle_streams,
     store_lanes,
     store_some,
@@ -37,6 +35,7 @@ from .lanes import (
     until_line,
     width_of,
 )
+from .prefetch import prefetch, prefetch_near
 from .rows import AHEAD_PAIRS
 from .rows_backward import (
     FLUSH,

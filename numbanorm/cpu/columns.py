@@ -26,7 +26,6 @@ from .lanes import (
     load_some,
     marked_lanes,
     no_lanes,
-    prefetch,
     settle_streams,
     store_lanes,
     store_part,
@@ -34,6 +33,7 @@ from .lanes import (
     until_line,
     width_of,
 )
+from .prefetch import prefetch
 from .rows import FLOAT32_SAFE
 from .running import fill_given
 from .welford import HUGE, POOR, PREFIX, TINY, least, merge, most, rstd_of, shift_of

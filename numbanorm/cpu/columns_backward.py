@@ -24,7 +24,6 @@ from .lanes import (
     load_some,
     marked_lanes,
     no_lanes,
-    prefetch,
     settle_streams,
     store_lanes,
     store_some,
@@ -33,6 +32,7 @@ from .lanes import (
     until_line,
     width_of,
 )
+from .prefetch import prefetch
 from .rows_backward import add_to, clear_gradients, finish_gradients, weight_of_slab
 from .welford import least, most
 

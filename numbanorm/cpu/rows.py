@@ -27,7 +27,6 @@ from .lanes import (
     load_part,
     load_some,
     no_lanes,
-    prefetch,
     rounded,
     settle_streams,
     store_after,
@@ -39,6 +38,7 @@ from .lanes import (
     until_line,
     width_of,
 )
+from .prefetch import prefetch
 from .running import fill_given
 from .sums import (
     BOOKS_ROOM,

@@ -37,8 +37,6 @@ from .lanes import (
     marked_lanes,
     no_exact_lanes,
     no_lanes,
-    prefetch,
-    prefetch_near,
     settle_streams,
     store_lanes,
     store_part,
@@ -48,6 +46,7 @@ from .lanes import (
     until_line,
     width_of,
 )
+from .prefetch import prefetch, prefetch_near
 from .rows import map_of
 from .welford import BLOCK, least, most
 

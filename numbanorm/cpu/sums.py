@@ -22,12 +22,12 @@ from .lanes import (
     marked_lanes,
     no_exact_lanes,
     no_lanes,
-    prefetch_near,
     rounded,
     store_sums,
     sum_of_lanes,
     width_of,
 )
+from .prefetch import prefetch_near
 from .welford import BLOCK, HUGE, PREFIX, TINY, least, merge, settle
 
 UNIT_GROUPS = 512
