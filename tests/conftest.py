@@ -10,12 +10,16 @@ import numba
 import pytest
 import sharing
 from hypothesis import HealthCheck, settings
+from untraced import untraced
 
 import numbanorm as nn
 from numbanorm.calls import host
 from numbanorm.cpu import launch
+from numbanorm.cpu.jit import Kernel
 
 pytest.register_assert_rewrite("same")  # so that its failures show the values
+
+Kernel.bound = untraced(Kernel.bound)  # type: ignore[method-assign]
 
 # No deadline: the first example of a dtype compiles kernels for seconds.
 settings.register_profile("default", deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])

@@ -8,6 +8,7 @@ from functools import cached_property
 from unittest import mock
 
 import numba.cuda.dispatcher as dispatcher
+from untraced import untraced
 
 from numbanorm.cuda.toolchain import Kernel
 
@@ -47,6 +48,7 @@ class Compiled:
         return re.findall(r"^\s*(?:@!?%p\d+\s+)?(\$L\w+(?=:)|[a-z][\w.]+)", self.ptx, re.MULTILINE)
 
 
+@untraced
 def compiled(kernel: Kernel, architecture: tuple[int, int]) -> Compiled:
     """Compile a kernel as its first launch does."""
     with mock.patch.object(dispatcher, "get_current_device", return_value=_AnyDevice):  # typing asks for one
