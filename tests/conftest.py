@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numba
@@ -14,8 +15,9 @@ from untraced import untraced
 
 import numbanorm as nn
 from numbanorm.calls import host
-from numbanorm.cpu import launch
+from numbanorm.cpu import launch, profile
 from numbanorm.cpu.jit import Kernel
+from numbanorm.cpu.profile import CpuProfile
 
 pytest.register_assert_rewrite("same")  # so that its failures show the values
 
@@ -53,15 +55,22 @@ def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _on
     host.forget()
 
 
+_THREADS = ("share_from", "wake_from", "share", "split_from", "numba_from")
+
+
 @pytest.fixture
 def launch_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Return what sets choices of the CPU kernels' launch, for one test: as on another machine."""
+    """Return what sets choices of the CPU kernels' launch, and attributes of a profile, for one test."""
 
     def forget() -> None:
         launch.geometry.cache_clear()
         host.forget()
 
-    def choose(**choices: Any) -> None:
+    def choose(cpu: CpuProfile | None = None, **choices: Any) -> None:
+        own = {name: choices.pop(name) for name in list(choices) if hasattr(CpuProfile, name)}
+        now = profile.profile()
+        shared = {name: getattr(now, name) for name in _THREADS}
+        monkeypatch.setattr(profile, "_used", replace(cpu or now, **shared | own))
         for name, value in choices.items():
             monkeypatch.setattr(launch, name, value)
         forget()

@@ -13,6 +13,7 @@ import numba
 
 from ..core.pool import POOL
 from ..core.threads import get_num_threads
+from ..cpu.profile import profile
 from .dispatch import cuda_problem, handler
 
 _numba: Any = numba  # its own annotations leave out what is asked of it here
@@ -44,6 +45,7 @@ def config() -> dict[str, str]:
         **{name: found for name, found in optional.items() if found},
         "not installed": ", ".join(name for name, found in optional.items() if not found) or "nothing",
         "processor": _processor(),
+        "profile": profile().describe(),
         "threads": f"{get_num_threads()} of {_numba.config.NUMBA_NUM_THREADS}",
         "threading layer": _threading_layer(),
         "cache": _cache(),

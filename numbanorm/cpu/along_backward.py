@@ -367,7 +367,7 @@ def _stream_pairs(
     """Take all but the last two or three of some long rows, whose dx goes past the caches; return where they begin.
 
     On a Xeon memory reads and writes best by turns: (16384, 4096) takes 42 ms so, 54 where a row is summed and then
-    written, 50 where four are. Not on Zen: `launch.BACKWARD_BYTES`.
+    written, 50 where four are. Not on Zen: `CpuProfile.backward_bytes`.
     """
     k0 = start
     i, one, two = np.int64(0), np.int64(1), np.int64(2)
@@ -394,7 +394,7 @@ def _backward_unit(unit, dy, x, dx, weight, counts_of, means, rstds, gradients, 
     k1 = unit % g.K1
     slab = unit // g.K1
     weight = weight_of_slab(weight, slab, g)
-    start = slab * g.K0 // g.slabs
+    first = start = slab * g.K0 // g.slabs
     stop = (slab + 1) * g.K0 // g.slabs
     count = load(counts_of, 0)
     stream = g.stream != 0
@@ -444,7 +444,7 @@ def _backward_unit(unit, dy, x, dx, weight, counts_of, means, rstds, gradients, 
         _settle_rows(maps, none, sums, n, count, centred)
         i = none
         while i < n:
-            done = least(n - i, FLUSH - (base + i - start) % FLUSH)
+            done = least(n - i, FLUSH - (base + i - first) % FLUSH)
             if narrow is not None:
                 _emit_columns(dy, x, dx, weight, maps, i, done, p_products, p, g, base + i, k1, half)
             if wide is not None:
@@ -455,7 +455,7 @@ def _backward_unit(unit, dy, x, dx, weight, counts_of, means, rstds, gradients, 
                     done -= done % 2
                     _emit_pairs(dy, x, dx, weight, maps, i, done, p_products, p, g, base + i, k1, head, lines)
             i += done
-            if (base + i - start) % FLUSH == 0:
+            if (base + i - first) % FLUSH == 0:
                 flush(p_products, p, g.R1, gradients, to, g.size)
     if stream:
         settle_streams()

@@ -18,31 +18,18 @@ from ..backend import Launch
 from ..core import threads
 from . import claims
 from .helpers import helpers
-
-SHARE_FROM = 1 << 16
-"""Elements from which a call is worth the help of who is awake: about 10 us on one thread."""
-
-WAKE_FROM = 1 << 21
-"""Elements from which it is worth waking a helper for, which takes 50 to 150 us: about 300 us on one thread."""
-
-ELEMENTS = 1 << 18
-"""Elements for each further helper."""
-
-SPLIT_FROM = 1 << 19
-"""Elements from which a call with too few units is worth several launches: about 100 us on one thread."""
-
-NUMBA_FROM = 1 << 17
-"""Elements from which a launch on Numba's threads pays: about 60 us on one thread; a launch takes 2 to 10."""
+from .profile import profile
 
 
 def may_share(elements: int) -> bool:
     """Tell whether several threads may ever serve a call on so many elements."""
-    return elements >= (NUMBA_FROM if threads.uses_numba() else SHARE_FROM)
+    cpu = profile()
+    return elements >= (cpu.numba_from if threads.uses_numba() else cpu.share_from)
 
 
 def may_split(elements: int) -> bool:
     """Tell whether a call with too few units is worth several launches, statistics of parts first."""
-    return elements >= SPLIT_FROM
+    return elements >= profile().split_from
 
 
 def threads_for(elements: int) -> int:
@@ -51,10 +38,11 @@ def threads_for(elements: int) -> int:
         return 1
     if threads.uses_numba():
         return threads.usable_threads()
-    large = elements >= WAKE_FROM
+    cpu = profile()
+    large = elements >= cpu.wake_from
     if not helpers().may_help(large):
         return 1
-    return 1 + helpers().at_hand(min(threads.usable_threads() - 1, max(elements // ELEMENTS, 1)), large)
+    return 1 + helpers().at_hand(min(threads.usable_threads() - 1, max(elements // cpu.share, 1)), large)
 
 
 def on_threads(elements: int, run: Callable[..., Any]) -> Launch:

@@ -10,7 +10,6 @@ from functools import lru_cache
 from math import lcm
 
 import numpy as np
-from llvmlite.binding import get_host_cpu_name
 from numba import config
 
 from ..backend import Backward, Forward, Reading
@@ -20,19 +19,11 @@ from ..core.plan import Placement, Plan
 from ..core.spec import ArraySpec, bounds
 from .columns import BLOCK_ROWS, TILE
 from .dtypes import LINE
-from .rows import AHEAD, AHEAD_NEAR, ROWS_APART, SHORT
+from .profile import profile
+from .rows import ROWS_APART, SHORT
 from .rows_backward import FLUSH
 from .sums import TOGETHER, UNIT_GROUPS
 from .welford import BLOCK
-
-ASKS_AHEAD = not get_host_cpu_name().startswith("znver")
-"""Whether rows ask for lines before they read them, and long ones are written by pairs: not on AMD's Zen.
-
-Its own prefetchers do better alone. LayerNorm (65536, 1024) takes 23.5 ms on Zen 4 where sums ask ahead and 16.5 where
-they do not, batch norm in inference (32, 64, 56, 56) 1.33 and 1.08, backward of GroupNorm (64, 256, 56, 56) 28.1 and
-22.6; rows of 4096 22.7 by pairs and 19.9 by four (`UNIT_BYTES`). On an Emerald Rapids Xeon the first takes 26.5 and
-28.5, and rows of 4096 24.6 by pairs and 30.0 one by one. Columns ask on both.
-"""
 
 CHUNK = 16384
 """Elements a chunk of the rows kernel: 64 KiB of float32, small against L2 (1 MiB), large against a launch (2 us)."""
@@ -44,45 +35,12 @@ Enough for the divisions at the end of a narrow group's to overlap ((65536, 64):
 streams go out while others come in ((65536, 1024): 26.4 ms, 27.8 with 8192).
 """
 
-UNIT_BYTES = 4096
-"""The same on Zen for rows past the caches: bytes, a page. Of longer ones 64 KiB are taken, eight at most.
-
-On Zen 4 LayerNorm (65536, 1024) takes 14.3 ms one by one and 17.6 by two, with bfloat16 13.5 and 12.8; with float64
-(65536, 512) 15.1 one by one and 16.3 by two, (65536, 1024) 52.9 one by one and 36.1 by four. Rows of 4096 in float32
-take 22.6 one by one and 21.6 by four, in bfloat16 15.4 by two, 14.2 by four and 13.0 by eight.
-"""
-
-BACKWARD_BYTES = 1 << 18
-"""Bytes of rows whose sums backward takes before it writes their dx, on Zen, where that goes past the caches.
-
-With float32 and products of four rows at once on Zen 4: (65536, 64) takes 2.41 ms with 2 KiB, 2.35 with 16 and 2.06
-with 128; (65536, 1024) 44.8 one by one, 36.8 with 64 KiB and 35.8 with 256; (16384, 4096) 39.1 by pairs, 35.3 with 64
-and 34.1 with 256.
-"""
-
-BACKWARD_NARROW = 64
-"""Elements of a row up to which two are written together, in units of 512, where rows ask ahead.
-
-What they share counts for more there than that memory reads and writes best by turns: on the Xeon (65536, 1024) takes
-39.5 ms one by one, 47.5 by units of 2048 elements; rows of more than 1024 go by pairs.
-"""
-
-ROWS_AHEAD = 4 if ASKS_AHEAD else 16
-"""Rows by which columns ask ahead, on Zen further than where a thread is at work.
-
-On Zen 4 batch norm in training (32, 64, 56, 56) channels last takes 3.0 ms with 4, 2.6 with 8 and 2.4 with 12 and 16,
-its backward 5.5, 4.8, 4.9 and 4.9, in bfloat16 3.7, 2.8, 2.7 and 2.6, with 24 to 48 the same, with none 3.1 and 10.3.
-"""
-
 TOGETHER_RUN = 25088
 """Elements up to which runs of neighbouring groups are taken one after the other, as they lie in memory.
 
 Batch norm in training (64, 256, 56, 56), runs of 3136 that are 3.2 MB from the channel's next, takes 25.3 ms channel by
 channel on Zen 4, 16.7 with 12,544 elements, 16.3 with these and 16.0 with 50,176; (64, 1024, 14, 14) 8.8 and 4.4.
 """
-
-TOGETHER_SIZE = 1 << (18 if ASKS_AHEAD else 21)
-"""Elements of all groups that are taken so: what Zen's L3 gives again as fast as memory writes; else half an L2."""
 
 SHARES = 4 * config.NUMBA_NUM_THREADS
 """Parts that must remain for threads, which differ by one in what they get: a quarter of a thread's work."""
@@ -112,11 +70,8 @@ PAIRS_UP_TO = 1 << 17
 GroupNorm (64, 256, 56, 56) in groups of 100,352 takes 20.2 ms so, 22.4 group by group.
 """
 
-STREAM_FROM = 1 << 21
-"""Elements from which the output goes past the caches: 8 MiB of float32."""
-
-AHEAD_FROM = 1 << 18
-"""Elements from which lines are asked for ahead: fewer lie in the L2 cache already."""
+NEAREST = 512
+"""Elements by which columns ask ahead at least, where their rows lie one after the other: 2 KiB of float32."""
 
 SPANS = 64
 """Parts, each with one fence, of an output that is streamed: as many threads can take one, and one has 128 KiB."""
@@ -172,7 +127,7 @@ def geometry(plan: Plan, affine: bool, itemsize: int = 4) -> np.ndarray:
         _write(g, "mask", mask)
         g["mask_R1"] = mask.strides[3]
         g["centred"], g["scale"] = layout.centred, SCALES.index(layout.record.scale)
-        g["stream"] = plan.size >= STREAM_FROM
+        g["stream"] = plan.size >= profile().stream_from
         if plan.columns:
             # Folded rows keep their weights only where weights lie along the lanes.
             folds = layout.inner * layout.size <= layout.view[2] * layout.view[3]
@@ -189,6 +144,7 @@ def _write(g: np.void, prefix: str, placement: Placement) -> None:
 
 def _rows(g: np.void, size: int, itemsize: int) -> None:
     """Cut groups into chunks of about CHUNK elements: parts of a run, or whole runs."""
+    cpu = profile()
     r0, r1 = int(g["R0"]), int(g["R1"])
     runs = max(1, CHUNK // max(r1, 1))
     g["chunk_width"] = min(r1, CHUNK)
@@ -201,15 +157,15 @@ def _rows(g: np.void, size: int, itemsize: int) -> None:
     g["together"] = 1
     g["unit_groups"] = max(1, min(UNIT // group, UNIT_GROUPS))
     if r0 > 1:
-        most = max(UNIT, TOGETHER_SIZE) if size >= AHEAD_FROM and g["x_K1"] == r1 else UNIT
+        most = max(UNIT, cpu.together_size) if size >= cpu.ahead_from and g["x_K1"] == r1 else UNIT
         several = min(-(-TOGETHER_RUN // r1), most // group, int(g["K0"] * g["K1"]) // SHARES, int(g["K1"]), TOGETHER)
         g["unit_groups"] = g["together"] = max(1, several)
-    elif g["stream"] and ASKS_AHEAD and _pairs(g):
+    elif g["stream"] and cpu.pairs and _pairs(g):
         g["pairs"], g["unit_groups"] = 1, 2
-    elif g["stream"] and not ASKS_AHEAD:
+    elif g["stream"] and cpu.unit_bytes:
         row = r1 * itemsize
-        few = max(1, min(8, 16 * UNIT_BYTES // row))
-        g["unit_groups"] = min(UNIT_BYTES // row, UNIT_GROUPS) if row <= UNIT_BYTES else few
+        few = max(1, min(8, 16 * cpu.unit_bytes // row))
+        g["unit_groups"] = min(cpu.unit_bytes // row, UNIT_GROUPS) if row <= cpu.unit_bytes else few
     g["blocks"] = r0 == 1 and r1 <= BLOCK
     packed = r0 == g["K1"] == 1 and (g["K0"] == 1 or g["y_K0"] == r1)
     along = packed and g["inner"] == 1 and g["size"] == r1
@@ -225,20 +181,20 @@ def _rows(g: np.void, size: int, itemsize: int) -> None:
         g["unit_groups"] = max(g["unit_groups"] // 4 * 4, 4)
     g["span_groups"] = max(g["together"], span // g["together"] * g["together"])
     g["span_pieces"] = max(1, size // (CHUNK * SPANS)) if g["stream"] else 1
-    if ASKS_AHEAD and size >= AHEAD_FROM:
+    if cpu.ahead and size >= cpu.ahead_from:
         strided = r0 > 1 and g["x_R0"] > r1 and r1 <= CHUNK and g["together"] == 1
-        g["ahead"] = g["x_R0"] if strided else AHEAD_NEAR
-        g["ahead_out"] = AHEAD
+        g["ahead"] = g["x_R0"] if strided else cpu.ahead_sums
+        g["ahead_out"] = cpu.ahead
 
 
 def _back_groups(g: np.void, itemsize: int) -> int:
     """Return how many rows `along_backward` sums before it writes their dx: 1, or a multiple of 4."""
     r1 = int(g["R1"])
     rows = int(g["unit_groups"])
-    if g["stream"] and not ASKS_AHEAD:
-        rows = BACKWARD_BYTES // (r1 * itemsize)
+    if g["stream"] and profile().backward_bytes:
+        rows = profile().backward_bytes // (r1 * itemsize)
     elif g["stream"]:
-        if r1 > BACKWARD_NARROW:
+        if r1 > NARROW and not g["back_narrow"]:
             return 1
         rows = 512 // r1
     step = FLUSH if g["back_narrow"] else 4
@@ -282,10 +238,11 @@ def _columns(g: np.void, size: int, folds: bool) -> None:
     g["block_rows"] = -(-in_chunk // max(1, in_chunk // BLOCK_ROWS))  # of one size, no short last one
     g["piece_chunks"] = max(1, PIECE // (g["chunk_rows"] * g["tile"]))
     g["rows"], g["lanes"], g["tail"] = rows, lanes, tail
-    if size >= AHEAD_FROM:
-        step = ROWS_AHEAD * int(g["x_R0"])
-        g["ahead"] = max(AHEAD, step) if g["x_R0"] == lanes == g["tile"] else step
-        g["ahead_out"] = AHEAD if ASKS_AHEAD else 0
+    cpu = profile()
+    if size >= cpu.ahead_from:
+        step = cpu.rows_ahead * int(g["x_R0"])
+        g["ahead"] = max(NEAREST, step) if g["x_R0"] == lanes == g["tile"] else step
+        g["ahead_out"] = cpu.ahead
 
 
 def geometry_of_forward(call: Forward) -> np.ndarray:
@@ -353,7 +310,8 @@ def variants_of_backward(geometry: np.ndarray) -> tuple[bool | None, ...]:
     """Return `pairs`, `wide`, `narrow` and `half` of the backward of rows with weights along them."""
     g = geometry[0]
     whole = g["R1"] % STRIP == 0
-    pairs = bool(g["stream"] and whole and g["back_groups"] == g["K1"] == 1 and g["R1"] > BLOCK)
+    long = g["stream"] and whole and g["back_groups"] == g["K1"] == 1 and g["R1"] > BLOCK
+    pairs = bool(profile().pairs and long)
     return True if pairs else None, None if g["back_narrow"] else True, *_narrow(g, "back_narrow")
 
 

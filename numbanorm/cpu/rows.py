@@ -65,20 +65,8 @@ FLOAT32_SAFE = 1e30
 """Groups whose rstd is outside 1/FLOAT32_SAFE to FLOAT32_SAFE are written in float64: float32 would overflow."""
 
 
-AHEAD = 512
-"""Elements by which lines are asked for before they are read, where they come from memory: 2 KiB of float32.
-
-Not on each CPU (`launch.ASKS_AHEAD`); the times here are an Emerald Rapids Xeon's.
-
-A copy, a product and a sum of 256 MB take 25.6 ms without, 22.5 with 1 KiB, 21.2 with 2 and 24.7 with 4; a row's sums
-before its output, with rows of 4096, 27.8 and 22.9.
-"""
-
-AHEAD_NEAR = 768
-"""The same for sums, whose lines go to L1: LayerNorm (65536, 1024) takes 26.5 ms, 28.5 with AHEAD or L2."""
-
 AHEAD_PAIRS = 256
-"""The same where two groups are written beside the sums of the next two.
+"""Elements by which lines are asked for where two groups are written beside the sums of the next two.
 
 LayerNorm (16384, 4096) takes 24.6 ms, 25.3 with 384, 26.2 with 768 and 24.4 with 128; in groups of 25,088 17.9, 18.4,
 18.6 and 18.1.

@@ -35,6 +35,7 @@ from numbanorm.cpu import idle as cpu_idle
 from numbanorm.cpu.dtypes import pointer
 from numbanorm.cpu.helpers import Helpers
 from numbanorm.cpu.jit import Kernel
+from numbanorm.cpu.profile import profile
 
 needs_two = pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="needs 2 threads")
 
@@ -328,13 +329,14 @@ print(nn.get_num_threads())
         monkeypatch.setattr(kernel_threads, "_chosen", "claims")
         monkeypatch.setattr(Helpers, "may_help", lambda self, large: True)
         monkeypatch.setattr(Helpers, "at_hand", lambda self, number, large: number)
-        assert engine.threads_for(engine.SHARE_FROM - 1) == 1
-        assert engine.threads_for(engine.SHARE_FROM) == 2
-        assert engine.threads_for(engine.ELEMENTS * 8) == 9
-        assert engine.threads_for(engine.ELEMENTS * 100) == 64
+        cpu = profile()
+        assert engine.threads_for(cpu.share_from - 1) == 1
+        assert engine.threads_for(cpu.share_from) == 2
+        assert engine.threads_for(cpu.share * 8) == 9
+        assert engine.threads_for(cpu.share * 100) == 64
         monkeypatch.setattr(kernel_threads, "_chosen", "numba")
-        assert engine.threads_for(engine.NUMBA_FROM - 1) == 1
-        assert engine.threads_for(engine.NUMBA_FROM) == 64
+        assert engine.threads_for(cpu.numba_from - 1) == 1
+        assert engine.threads_for(cpu.numba_from) == 64
 
 
 class TestChoice:

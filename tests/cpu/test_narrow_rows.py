@@ -10,7 +10,7 @@ import pytest
 
 import numbanorm as nn
 from numbanorm.core.plan import plan
-from numbanorm.cpu import launch
+from numbanorm.cpu import launch, profile
 
 RNG = np.random.default_rng(8)
 WIDTHS = [1, 5, 8, 9, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 100, 255]
@@ -74,7 +74,7 @@ def test_backward(width: int, dtype: Any) -> None:
 @pytest.mark.parametrize("width", [8, 16, 24, 64])
 def test_past_the_caches(width: int) -> None:
     """As many elements as are else written past them."""
-    rows = launch.STREAM_FROM // width + 5
+    rows = profile.profile().stream_from // width + 5
     x, dy = data(rows, width, np.float32), data(rows, width, np.float32)
     weight = RNG.standard_normal(width).astype(np.float32)
     y, mean, rstd = nn.layer_norm(x, width, weight, return_stats=True)

@@ -13,6 +13,7 @@ import numbanorm as nn
 from numbanorm.core.plan import plan
 from numbanorm.core.pool import POOL
 from numbanorm.cpu import launch
+from numbanorm.cpu.profile import EMERALD_RAPIDS, ZEN4
 
 RNG = np.random.default_rng(7)
 
@@ -20,7 +21,7 @@ RNG = np.random.default_rng(7)
 @pytest.fixture(autouse=True)
 def on_each_cpu(launch_with: Callable[..., None]) -> None:
     """Take pairs on CPUs, too, that do better without."""
-    launch_with(ASKS_AHEAD=True)
+    launch_with(EMERALD_RAPIDS)
 
 
 def awkward(shape: tuple[int, ...]) -> np.ndarray:
@@ -136,7 +137,7 @@ def test_the_launch_takes_them_so(shape: tuple[int, int]) -> None:
 
 
 def test_zen_does_without(launch_with: Callable[..., None]) -> None:
-    launch_with(ASKS_AHEAD=False)
+    launch_with(ZEN4)
     made = plan("layer", (None, None, (1,)), (2048, 2048), ((8192, 4), 4))
     g = launch.geometry(made, True)[0]
     assert (g["pairs"], g["ahead"], g["ahead_out"], g["unit_groups"]) == (0, 0, 0, 8)

@@ -12,6 +12,7 @@ from placing import begin_at
 import numbanorm as nn
 from numbanorm.calls import memory
 from numbanorm.core import pool
+from numbanorm.cpu.profile import EMERALD_RAPIDS, ZEN4, CpuProfile
 
 RNG = np.random.default_rng(11)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -58,7 +59,7 @@ def test_rms_of_rows_that_lie_apart(shape: tuple[int, int]) -> None:
     np.testing.assert_array_equal(nn.rms_norm(x, shape[1], weight), nn.rms_norm(x.copy(), shape[1], weight))
 
 
-@pytest.mark.parametrize("asks_ahead", [True, False])
+@pytest.mark.parametrize("cpu", [EMERALD_RAPIDS, ZEN4], ids=lambda cpu: cpu.name)
 @pytest.mark.parametrize(("stream", "smallest"), [(True, 1), (True, 1 << 30), (False, 1 << 30)])
 @pytest.mark.parametrize("dtype", [np.dtype(np.float32), np.dtype(np.float64), BFLOAT16], ids=str)
 @pytest.mark.parametrize("shape", [(301, 64), (83, 1024), (37, 3072), (103, 96), (131, 72), (29, 1100), (403, 4)])
@@ -67,7 +68,7 @@ def test_backward_of_each_row_has_the_bits_that_it_has_alone(
     dtype: np.dtype,
     stream: bool,
     smallest: int,
-    asks_ahead: bool,
+    cpu: CpuProfile,
     launch_with: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -81,7 +82,8 @@ def test_backward_of_each_row_has_the_bits_that_it_has_alone(
     alone = [nn.layer_norm_backward(dy[i], x[i], size, mean[i], rstd[i], weight) for i in range(rows)]
     for module in (pool, memory):
         monkeypatch.setattr(module, "SMALLEST", smallest)
-    launch_with(ASKS_AHEAD=asks_ahead, STREAM_FROM=1 if stream else 1 << 30, BACKWARD_BYTES=1 << 14)
+    backward = cpu.backward_bytes and 1 << 14
+    launch_with(cpu, stream_from=1 if stream else 1 << 30, backward_bytes=backward)
     dx, dweight, dbias = nn.layer_norm_backward(dy, x, size, mean, rstd, weight)
     for i in range(rows):
         np.testing.assert_array_equal(dx[i], alone[i][0])

@@ -24,9 +24,10 @@ from registered import SCALE, registered
 
 import numbanorm as nn
 import numbanorm.cpu
-from numbanorm.cpu import board, engine, helpers
+from numbanorm.cpu import board, helpers
 from numbanorm.cpu.bound import Bound
 from numbanorm.cpu.jit import Kernel
+from numbanorm.cpu.profile import profile
 
 ROWS, WIDTH = 2100, 1024
 SIZE = ROWS * WIDTH
@@ -148,7 +149,7 @@ CASES: dict[str, Callable[[_Data], Iterator[np.ndarray]]] = {
     "moments": lambda of: _moments(of, ROWS, WIDTH),
     "moments of columns": lambda of: _moments(of, ROWS, WIDTH, axis=0),
 }
-"""Calls on more elements than `numbanorm.cpu.engine.SHARE_FROM`."""
+"""Calls on more elements than the profile's `share_from`."""
 
 
 def sharing_kernels() -> set[str]:
@@ -189,7 +190,7 @@ def _watched() -> Iterator[tuple[set[str], list[int]]]:
 
 def on_threads(threads: int) -> dict[str, Any]:
     """Return digests of the results of each call, which kernels ran on several threads, and what helpers did."""
-    assert SIZE >= engine.NUMBA_FROM
+    assert profile().numba_from <= SIZE
     sharing.always()
     nn.set_num_threads(threads)
     of = _Data()

@@ -16,6 +16,7 @@ import pkgutil
 import threading
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -27,10 +28,11 @@ from numba.core.extending import _Intrinsic
 import numbanorm.cpu
 from numbanorm.calls import host
 from numbanorm.core.dtypes import format_of
-from numbanorm.cpu import board, jit, launch
+from numbanorm.cpu import board, jit, launch, profile
 from numbanorm.cpu.address import Address, address_type
 from numbanorm.cpu.helpers import MOST
 from numbanorm.cpu.lanes import LINE, WIDTHS
+from numbanorm.cpu.profile import EMERALD_RAPIDS
 
 _WIDTH = {np.dtype(np.float32): WIDTHS[numba.float32], np.dtype(np.float64): WIDTHS[numba.float64]}
 
@@ -415,27 +417,31 @@ SMALL = {
     "FLUSH": 2,
     "FLUSH_ROWS": 4,
     "LONG_RUN": 96,
-    "STREAM_FROM": 256,
-    "AHEAD_FROM": 128,
     "SLAB_ELEMENTS": 480,
-    "SHARE_FROM": 200,
-    "WAKE_FROM": 200,
-    "ELEMENTS": 200,
-    "NUMBA_FROM": 200,
     "LOOKS": 4,
     "_TURNS": 4,
     "PIECE": 256,
     "UNIT": 128,
-    "UNIT_BYTES": 800,
-    "ASKS_AHEAD": True,
     "TOGETHER_RUN": 100,
-    "TOGETHER_SIZE": 2000,
     "SHARES": 1,
     "SPAN": 256,
     "SPANS": 2,
     "HEAD_FROM": 40,
 }
 """What `shrink` sets, wherever a module of the backend has it."""
+
+_PROFILE = replace(
+    EMERALD_RAPIDS,  # which does all that any does
+    name="shrunk",
+    stream_from=256,
+    ahead_from=128,
+    unit_bytes=800,
+    together_size=2000,
+    share_from=200,
+    wake_from=200,
+    share=200,
+    numba_from=200,
+)
 
 
 def shrink() -> None:
@@ -453,6 +459,7 @@ def shrink() -> None:
             raise AttributeError(f"no module of numbanorm.cpu has {name}")
         for module in found:
             setattr(module, name, value)
-    sharing.always(elements=SMALL["SHARE_FROM"])
+    profile.use(_PROFILE)
+    sharing.always(elements=_PROFILE.share_from)
     launch.TILE = min(launch.TILE, 64)  # type: ignore[misc]  # how wide tiles are cut, not what scratch arrays hold
     _forget()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from numbanorm.cpu import engine, helpers
+from numbanorm.cpu import helpers, profile
 
 
 def always(patch: Any = None, elements: int = 1 << 17) -> None:
@@ -18,10 +19,8 @@ def always(patch: Any = None, elements: int = 1 << 17) -> None:
         How many.
     """
     change = setattr if patch is None else patch.setattr
-    change(engine, "SHARE_FROM", elements)
-    change(engine, "WAKE_FROM", 0)
-    change(engine, "SPLIT_FROM", 0)
-    change(engine, "ELEMENTS", max(elements // 8, 1))
+    shares = {"share_from": elements, "wake_from": 0, "split_from": 0, "share": max(elements // 8, 1)}
+    change(profile, "_used", replace(profile.profile(), **shares))
     change(helpers, "idle_cores", lambda: helpers.MOST)
     change(helpers.helpers(), "_ask_at", 0.0)
     change(helpers.helpers(), "_alone_until", 0.0)

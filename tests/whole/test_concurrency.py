@@ -23,6 +23,7 @@ import hashlib, os, sys
 import numba, numpy as np, numbanorm as nn
 from numbanorm.core import threads
 from numbanorm.cpu import board, engine
+from numbanorm.cpu.profile import profile
 from numbanorm.cpu.helpers import Helpers, helpers
 import sharing
 sharing.always()  # calls on little, too
@@ -53,7 +54,7 @@ def work(x):
     add(y, r, *nn.rms_norm_backward(g.reshape(rows.shape), rows, rows.shape[1], r))
     return digest.hexdigest()
 xs = [data(i) for i in range(4)]
-assert xs[0].size >= engine.SHARE_FROM
+assert xs[0].size >= profile().share_from
 nn.set_num_threads(1)
 expected = [work(x) for x in xs]
 nn.set_num_threads(numba.config.NUMBA_NUM_THREADS)
