@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from functools import cache, cached_property
-from inspect import signature
+from inspect import getfile, signature
 from pathlib import Path
 from typing import Any, cast
 
@@ -212,24 +212,19 @@ def _compiled(function: Callable[..., None], *, shares: bool, parallel: bool) ->
     return cast("Callable[..., None]", dispatcher)
 
 
-_HERE = Path(__file__).parent
-_CONSTANTS = [_HERE.parent / "core" / f"{name}.py" for name in ("dtypes", "norms", "plan")]
-"""Modules outside of this folder whose constants are part of kernels."""
-
-
 class _DiskCache(caching.FunctionCache):
     """Numba's cache on disk, made safe for this package.
 
     Numba's own key holds neither `parallel`, so twins would load each other's code, nor the helpers in other files, so
     an edited helper would go unnoticed; and a truncated file raises. Here the file name tells the twins apart, the
-    stamp covers every source file of the backend and those that it takes constants from, and whatever cannot be read
-    or written is compiled anew.
+    stamp covers all modules that the kernel's own takes something from, and whatever cannot be read or written is
+    compiled anew.
     """
 
     def __init__(self, function: Callable[..., None], twin: str) -> None:
         super().__init__(function)
         base = f"{self._impl.filename_base}-{twin}"
-        self._cache_file = caching.IndexDataCacheFile(self.cache_path, base, stamp_of(_HERE, *_CONSTANTS))
+        self._cache_file = caching.IndexDataCacheFile(self.cache_path, base, stamp_of(Path(getfile(function))))
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:

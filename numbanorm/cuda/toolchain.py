@@ -179,7 +179,8 @@ class Kernel:
                 "bfloat16: expected a device of compute capability 8.0 or later, got {}.{}".format(*capability)
             )
         path = f"{self.function.__module__}.{self.function.__qualname__}"
-        key = repr((path, self.made_from, self.registers, capability, _stamp())).encode()
+        stamp = _stamp(Path(inspect.getfile(self.function)))
+        key = repr((path, self.made_from, self.registers, capability, stamp)).encode()
         try:
             cubin = _store().get(key)
             if cubin is not None:
@@ -207,11 +208,10 @@ def _store() -> Any:
 
 
 @cache
-def _stamp() -> str:
-    """Identify what a kernel's code depends on beside its own choice: the compilers and the package's sources."""
-    here = Path(__file__).parent
-    own = [stamp_of(here), *((here.parent / "core" / name).read_text() for name in ("plan.py", "dtypes.py"))]
-    return sha256("".join([*map(version, ("numba", "numba-cuda", "cuda-core")), *own]).encode()).hexdigest()
+def _stamp(module: Path) -> str:
+    """Identify what a kernel's code depends on beside its own choice: the compilers and the sources."""
+    compilers = map(version, ("numba", "numba-cuda", "cuda-core"))
+    return sha256("".join([*compilers, stamp_of(module)]).encode()).hexdigest()
 
 
 @cache  # once a process for each reason
