@@ -101,9 +101,9 @@ def _sum_row(dy, x, weight, maps, sums, i, g, k0, k1):
 
 
 @inlined
-def _lanes_of_row(dy, x, weight, row, width, ahead, half):
-    """Return the sums of g and g * h of a row of up to a block, in lanes, as `run_sums` adds them up."""
-    dy_at, x_at, hi, scale, low = row
+def _row_lanes(dy, x, weight, maps, i, dy_at, x_at, width, ahead, half):
+    """Return the sums of g and g * h of a unit's `i`-th row, up to a block, in lanes, as `run_sums` adds them up."""
+    hi, scale, low = _h_of(maps, x, i, half)
     a = b = lanes_for(x, half)
     step = width_of(a)
     whole = width - width % step
@@ -127,28 +127,19 @@ def _sum_blocks(dy, x, weight, maps, sums, n, dy_at, dy_step, x_at, x_step, widt
     """Keep the sums of g and g * h of `n` rows, each of up to a block; by fours, whose lanes are added together."""
     i = np.int64(0)
     while i + 4 <= n:
-        hi, scale, low = _h_of(maps, x, i, half)
-        a, e = _lanes_of_row(dy, x, weight, (dy_at, x_at, hi, scale, low), width, ahead, half)
-        dy_at += dy_step
-        x_at += x_step
-        hi, scale, low = _h_of(maps, x, i + 1, half)
-        b, f = _lanes_of_row(dy, x, weight, (dy_at, x_at, hi, scale, low), width, ahead, half)
-        dy_at += dy_step
-        x_at += x_step
-        hi, scale, low = _h_of(maps, x, i + 2, half)
-        c, g = _lanes_of_row(dy, x, weight, (dy_at, x_at, hi, scale, low), width, ahead, half)
-        dy_at += dy_step
-        x_at += x_step
-        hi, scale, low = _h_of(maps, x, i + 3, half)
-        d, h = _lanes_of_row(dy, x, weight, (dy_at, x_at, hi, scale, low), width, ahead, half)
-        dy_at += dy_step
-        x_at += x_step
+        dy_b, dy_c, dy_d = dy_at + dy_step, dy_at + 2 * dy_step, dy_at + 3 * dy_step
+        x_b, x_c, x_d = x_at + x_step, x_at + 2 * x_step, x_at + 3 * x_step
+        a, e = _row_lanes(dy, x, weight, maps, i, dy_at, x_at, width, ahead, half)
+        b, f = _row_lanes(dy, x, weight, maps, i + 1, dy_b, x_b, width, ahead, half)
+        c, g = _row_lanes(dy, x, weight, maps, i + 2, dy_c, x_c, width, ahead, half)
+        d, h = _row_lanes(dy, x, weight, maps, i + 3, dy_d, x_d, width, ahead, half)
         store_sums(a, b, c, d, sums, i)
         store_sums(e, f, g, h, sums, UNIT_GROUPS + i)
+        dy_at += 4 * dy_step
+        x_at += 4 * x_step
         i += 4
     while i < n:
-        hi, scale, low = _h_of(maps, x, i, half)
-        a, b = _lanes_of_row(dy, x, weight, (dy_at, x_at, hi, scale, low), width, ahead, half)
+        a, b = _row_lanes(dy, x, weight, maps, i, dy_at, x_at, width, ahead, half)
         store(sums, i, sum_of_lanes(a))
         store(sums, UNIT_GROUPS + i, sum_of_lanes(b))
         dy_at += dy_step
