@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import glob
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from functools import cache, cached_property
+from hashlib import sha256
 from inspect import getfile, signature
 from pathlib import Path
 from typing import Any, cast
@@ -212,6 +214,28 @@ def _compiled(function: Callable[..., None], *, shares: bool, parallel: bool) ->
     return cast("Callable[..., None]", dispatcher)
 
 
+class _Files(caching.IndexDataCacheFile):
+    """Numba's files of a function's code, each named after the types and the sources that it is for.
+
+    Numba counts them, so two processes that compile a function for different types at once call both files by one
+    number, and a later process is given the code of the one for the types of the other. A process that dies between
+    index and code leaves an older version's code where the new one should be.
+    """
+
+    def save(self, key: Any, data: Any) -> None:
+        """Save code under its key."""
+        overloads = self._load_index()
+        if not overloads:  # nobody's, or those of other sources
+            for path in Path(self._cache_path).glob(glob.escape(self._index_name).replace(".nbi", ".*.nbc")):
+                path.unlink(missing_ok=True)
+        digest = sha256(repr((self._source_stamp, key)).encode()).hexdigest()
+        name = self._index_name.replace(".nbi", f".{digest[:16]}.nbc")
+        if overloads.get(key) != name:
+            overloads[key] = name
+            self._save_index(overloads)
+        self._save_data(name, data)
+
+
 class _DiskCache(caching.FunctionCache):
     """Numba's cache on disk, made safe for this package.
 
@@ -224,7 +248,7 @@ class _DiskCache(caching.FunctionCache):
     def __init__(self, function: Callable[..., None], twin: str) -> None:
         super().__init__(function)
         base = f"{self._impl.filename_base}-{twin}"
-        self._cache_file = caching.IndexDataCacheFile(self.cache_path, base, stamp_of(Path(getfile(function))))
+        self._cache_file = _Files(self.cache_path, base, stamp_of(Path(getfile(function))))
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:

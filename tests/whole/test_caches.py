@@ -19,6 +19,7 @@ import pytest
 from processes import run
 
 import numbanorm
+from numbanorm.cpu import jit
 
 pytestmark = pytest.mark.slow
 
@@ -238,3 +239,33 @@ def test_sources_that_no_kernel_takes_constants_from_do_not_count(site: Path, tm
         path = site / "numbanorm" / module
         path.write_text(path.read_text().replace('"""', '"""Another. ', 1))
     assert call(**own)["loaded"] == 1
+
+
+def test_two_processes_that_save_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has seen no other's code when it saves its own: none is served for the types of another, at worst none."""
+    files = jit._Files(str(tmp_path), "kernel", "sources")
+    write = files._save_data
+
+    def while_another_saves(name: str, data: Any) -> None:
+        other = jit._Files(str(tmp_path), "kernel", "sources")
+        monkeypatch.setattr(other, "_load_index", dict)
+        other.save("other types", "other code")
+        write(name, data)
+
+    monkeypatch.setattr(files, "_save_data", while_another_saves)
+    files.save("types", "code")
+    later = jit._Files(str(tmp_path), "kernel", "sources")
+    assert later.load("other types") == "other code"
+    assert later.load("types") in ("code", None)
+    later.save("types", "code")
+    assert (later.load("types"), later.load("other types")) == ("code", "other code")
+
+
+def test_died_between_index_and_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What older sources left there is not served, and is gone."""
+    jit._Files(str(tmp_path), "kernel", "old").save("types", "old code")
+    dying = jit._Files(str(tmp_path), "kernel", "new")
+    monkeypatch.setattr(dying, "_save_data", lambda name, data: None)
+    dying.save("types", "code")
+    assert jit._Files(str(tmp_path), "kernel", "new").load("types") is None
+    assert not list(tmp_path.glob("*.nbc"))
