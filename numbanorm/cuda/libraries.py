@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache, lru_cache
@@ -25,9 +26,10 @@ from .arrays import DeviceArray, Interface
 from .toolchain import cuda
 
 
-class Library:
+class Library(ABC):
     """How the arrays of one library are read and made."""
 
+    @abstractmethod
     def read(self, value: Any, name: str) -> DeviceArray:
         """Return what is to be known of an array of this library.
 
@@ -36,23 +38,22 @@ class Library:
         TypeError, ValueError
             If it is no plain array in device memory.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def empty(self, spec: ArraySpec, like: DeviceArray) -> DeviceArray:
         """Return a new array of this spec, without gaps, on the device and for the stream of `like`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def view(self, array: DeviceArray, offset: int, spec: ArraySpec) -> Any:
         """Return some elements of an array that `empty` made, `offset` bytes from its first, as an array."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stream(self, array: DeviceArray) -> int:
         """Return the current stream for an array's device."""
-        raise NotImplementedError
 
+    @abstractmethod
     def on(self, stream: int, device: int) -> AbstractContextManager[Any]:
         """Return a context in which `stream` is the current stream."""
-        raise NotImplementedError
 
 
 class Torch(Library):
